@@ -1,0 +1,306 @@
+"""The memory itself: banks of small feed-forward blocks, in plain torch (arXiv:2602.05085 sec. 3-4).
+
+    bank = Bank("glu", "silu", d_model=256, ranks={0: 64, 1: 64})
+    bank.read(0, a)            # tau * V^T (act(G a) * (K a)), a: [batch, seq, d_model]
+
+Every trainable number of a memory is one *row* of length d_model: a key k_j, a gate g_j or a value v_j. So a
+whole memory is one matrix and a bank of them is one tensor, `rows: [bank, n_rows, d_model]`, on which norm
+clipping, optimisers, saving and composing are each a single operation. Within it each layer (ascending) holds
+its gates (GLU only), then its keys, then its values:
+
+| paper | here | shape |
+|---|---|---|
+| A | `a` | [batch, seq, d_model] |
+| G, K, V | `bank.slots(layer)` | [bank, rank, d_model] each |
+| tau | `bank.tau[:, i]` | [bank, layer] |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Variant = Literal["glu", "mlp"]
+
+
+def _gelu_bloom(x: Tensor) -> Tensor:
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+def _gelu_new(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def _gelu_fast(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+# Written exactly as the backbones write them, constants included, so that merging a memory stays exact.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": _gelu_new,
+    "gelu_fast": _gelu_fast,
+    "gelu_bloom": _gelu_bloom,
+}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Views of one layer's rows. Shapes: [bank, rank, d_model] each; `g` is None for Locas-MLP."""
+
+    k: Tensor
+    g: Tensor | None
+    v: Tensor
+
+
+class Bank:
+    """Several memories of one shape, over some layers of a backbone, in one set of tensors.
+
+    Args:
+        variant: "glu" (gated: K, G, V) or "mlp" (K, V).
+        activation: a name in `ACTIVATIONS`.
+        d_model: width of the backbone's hidden state.
+        ranks: number of slots for each layer that has a memory, keyed by layer index.
+        size: how many memories.
+        dtype: of the rows; float32 unless a test needs more.
+        device: where the rows live; a read moves a layer's rows to its input's device where they differ.
+
+    Raises:
+        ValueError: unknown variant or activation, no layer, or a size, rank, width or layer out of range.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        activation: str,
+        d_model: int,
+        ranks: Mapping[int, int],
+        *,
+        size: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check(variant, activation, d_model, ranks, size)
+        self.variant: Variant = variant
+        self.activation = activation
+        self.d_model = d_model
+        self.ranks: dict[int, int] = dict(sorted(ranks.items()))
+        self.size = size
+        self.parts = 3 if variant == "glu" else 2
+        self.rows = torch.zeros(size, self.parts * sum(self.ranks.values()), d_model, dtype=dtype, device=device)
+        self.grad: Tensor | None = None
+        self.tau = torch.ones(size, len(self.ranks), dtype=dtype, device=device)
+        self._act = ACTIVATIONS[activation]
+        self._bind()
+
+    # ---------------------------------------------------------------- layout
+
+    def _bind(self) -> None:
+        """(Re)makes the per-layer views of `rows`: leaves of the autograd graph, one for keys, one for values."""
+        self._start: dict[int, int] = {}
+        self._leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        self._position = {layer: i for i, layer in enumerate(self.ranks)}
+        start = 0
+        for layer, rank in self.ranks.items():
+            self._start[layer] = start
+            middle, stop = start + (self.parts - 1) * rank, start + self.parts * rank
+            self._leaves[layer] = (self.rows[:, start:middle], self.rows[:, middle:stop])
+            start = stop
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a memory, ascending."""
+        return tuple(self.ranks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable numbers in one memory of the bank: 3 d r a layer (GLU) or 2 d r (MLP)."""
+        return self.rows[0].numel()
+
+    def slots(self, layer: int) -> Slots:
+        """Views of a layer's K, G, V, each [bank, rank, d_model]."""
+        start, rank = self._start[layer], self.ranks[layer]
+        part = [self.rows[:, start + i * rank : start + (i + 1) * rank] for i in range(self.parts)]
+        return Slots(k=part[-2], g=part[0] if self.variant == "glu" else None, v=part[-1])
+
+    def runs(self) -> Iterator[tuple[slice, int]]:
+        """Row ranges of consecutive layers of equal rank, as (rows, rank): each is a stack of [rank, d_model]
+        matrices, so that a matrix optimiser handles a usual memory in one batched call."""
+        runs: list[list[int]] = []
+        for layer, rank in self.ranks.items():
+            start, stop = self._start[layer], self._start[layer] + self.parts * rank
+            if runs and runs[-1][2] == rank:
+                runs[-1][1] = stop
+            else:
+                runs.append([start, stop, rank])
+        for start, stop, rank in runs:
+            yield slice(start, stop), rank
+
+    # ---------------------------------------------------------------- read
+
+    def read(self, layer: int, a: Tensor, index: Tensor | None = None) -> Tensor:
+        """What the memory adds to the FFN's output: tau * V^T(act(G A) * (K A)), or tau * V^T act(K A).
+
+        arXiv:2602.05085 sec. 3. Computed in `a`'s dtype and on its device; tau multiplies the rank-wide
+        intermediate, which is smaller than the output.
+
+        Args:
+            layer: which layer's slots.
+            a: the FFN's input, [batch, seq, d_model].
+            index: [batch] integers, row b reads memory index[b], and no memory where it is negative. None:
+                everybody reads the only memory of a bank of one, or row b memory b.
+
+        Returns:
+            [batch, seq, d_model] in `a`'s dtype; exactly zero for rows without a memory.
+
+        Raises:
+            ValueError: the batch does not fit the index, or the bank where there is none.
+        """
+        keys, values = (part.to(a.device, a.dtype) for part in self._leaves[layer])
+        tau = self.tau[:, self._position[layer]].to(a.device, a.dtype)
+        if index is None and self.size == 1:
+            return self._read_one(a, keys[0], values[0], tau[0])
+        if index is None:
+            if a.shape[0] != self.size:
+                raise ValueError(
+                    f"a batch of {a.shape[0]} rows cannot read a bank of {self.size} memories one to one; "
+                    "pass an index that says which memory each row reads (-1: none)"
+                )
+            return self._read_rows(a, keys, values, tau)
+        index = spread(index.to(a.device), a.shape[0])
+        chosen = index.clamp(min=0)
+        out = self._read_rows(a, keys[chosen], values[chosen], tau[chosen])
+        return torch.where((index >= 0)[:, None, None], out, out.new_zeros(()))
+
+    def _gate(self, both: Tensor) -> Tensor:
+        if self.variant == "mlp":
+            return self._act(both)
+        gate, up = both.chunk(2, dim=-1)
+        return self._act(gate) * up
+
+    def _read_one(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
+        return (self._gate(a @ keys.T) * tau) @ values
+
+    def _read_rows(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
+        return (self._gate(a @ keys.mT) * tau[:, None, None]) @ values
+
+    # ---------------------------------------------------------------- learn
+
+    def requires_grad_(self, on: bool = True) -> Bank:
+        """Turns gradients on: after a backward pass they are in `grad`, shaped like `rows`."""
+        if not on:
+            self.grad = None
+            self._bind()
+            return self
+        self.grad = torch.zeros_like(self.rows)
+        for layer, leaves in self._leaves.items():
+            start = self._start[layer]
+            for leaf in leaves:
+                leaf.requires_grad_(True)
+                leaf.grad = self.grad[:, start : start + leaf.shape[1]]
+                start += leaf.shape[1]
+        return self
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors to differentiate, views of `rows` whose `.grad` are views of `grad`."""
+        return [leaf for pair in self._leaves.values() for leaf in pair]
+
+    @torch.no_grad()
+    def clip_rows(self, maximum: float = 1.0) -> None:
+        """w / max(||w||_2, 1) for every row w of K, G and V; short rows stay (arXiv:2602.05085 sec. 4)."""
+        self.rows.div_(self.rows.norm(dim=-1, keepdim=True).div_(maximum).clamp_(min=1.0))
+
+    # ---------------------------------------------------------------- copies
+
+    def like(self, rows: Tensor, tau: Tensor) -> Bank:
+        """A bank of the same layout holding copies of `rows` [n, n_rows, d_model] and `tau` [n, layer]."""
+        twin = Bank(
+            self.variant,
+            self.activation,
+            self.d_model,
+            self.ranks,
+            size=rows.shape[0],
+            dtype=rows.dtype,
+            device=rows.device,
+        )
+        twin.rows.copy_(rows)
+        twin.tau.copy_(tau)
+        return twin
+
+    def clone(self) -> Bank:
+        return self.like(self.rows, self.tau)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Bank:
+        """A copy on another device or in another dtype."""
+        return self.like(self.rows.to(device, dtype), self.tau.to(device, dtype))
+
+    def select(self, i: int) -> Bank:
+        """A copy of memory `i`, as a bank of one."""
+        if not 0 <= i < self.size:
+            raise ValueError(f"memory {i} asked for, but the bank holds 0..{self.size - 1}")
+        return self.like(self.rows[i : i + 1], self.tau[i : i + 1])
+
+    @staticmethod
+    def stack(banks: list[Bank]) -> Bank:
+        """One bank that holds all memories of several banks of one layout, in order."""
+        first = banks[0]
+        for other in banks[1:]:
+            if other.layout() != first.layout():
+                raise ValueError(
+                    f"only memories of one layout fit into one bank: {other.layout()} is not {first.layout()}"
+                )
+        return first.like(torch.cat([b.rows for b in banks]), torch.cat([b.tau for b in banks]))
+
+    def layout(self) -> tuple[str, str, int, tuple[tuple[int, int], ...]]:
+        """What two memories must share to be stacked: variant, activation, width, (layer, rank) pairs."""
+        return self.variant, self.activation, self.d_model, tuple(self.ranks.items())
+
+    def __repr__(self) -> str:
+        ranks = sorted(set(self.ranks.values()))
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        return (
+            f"Bank({self.variant}, {self.activation}, d_model={self.d_model}, rank={rank}, "
+            f"layers={list(self.ranks)}, size={self.size})"
+        )
+
+
+def spread(index: Tensor, batch: int) -> Tensor:
+    """Repeats an index [rows] to `batch` entries as beam search repeats rows (each one n times in a row).
+
+    Raises:
+        ValueError: `batch` is no multiple of the index's length.
+    """
+    if index.ndim != 1 or index.shape[0] == 0 or batch % index.shape[0]:
+        raise ValueError(
+            f"the index names a memory for {tuple(index.shape)} rows, but the batch has {batch}; "
+            "give one entry for each row of the batch"
+        )
+    return index if index.shape[0] == batch else index.repeat_interleave(batch // index.shape[0])
+
+
+def _check(variant: str, activation: str, d_model: int, ranks: Mapping[int, int], size: int) -> None:
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(get_args(Variant))}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if not ranks:
+        raise ValueError("a memory needs at least one layer")
+    bad = {layer: rank for layer, rank in ranks.items() if layer < 0 or rank < 1}
+    if bad:
+        raise ValueError(f"layers must be 0 or more and ranks 1 or more; got {bad}")
+    if d_model < 1 or size < 1:
+        raise ValueError(f"d_model and the bank's size must be 1 or more; got {d_model} and {size}")

@@ -1,0 +1,103 @@
+"""Running a frozen backbone over a window: the prefix without gradients, then the chunk that is scored.
+
+                 prefix (context only)            chunk (scored, and learnt from)
+    inputs:  [start] x_w ......... x_s-2      x_s-1  x_s ......... x_e-2
+    targets:                                  x_s    x_s+1 ....... x_e-1
+
+The prefix leaves keys and values behind; the chunk's pass uses them. With gradients on, only the chunk's pass
+has a graph, so a write costs one backward pass over the chunk, not over the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # a target that is not scored, as in torch's cross-entropy
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode with no parameter trainable; both are put back afterwards."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        model.eval()
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+def chunk_logits(model: nn.Module, inputs: Tensor, prefix_tokens: int) -> Tensor:
+    """Logits of the positions behind the prefix, with gradients where the caller has them on.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        inputs: [batch, seq] token ids; positions count from 0. Rows may be padded on the right with any id:
+            nothing that is causal sees it.
+        prefix_tokens: how many positions are context only.
+
+    Returns:
+        [batch, seq - prefix_tokens, vocab] in the model's dtype.
+    """
+    if prefix_tokens == 0:
+        return call(model, inputs).logits
+    with torch.no_grad():
+        past = call(decoder(model), inputs[:, :prefix_tokens], use_cache=True).past_key_values
+    return call(model, inputs[:, prefix_tokens:], past_key_values=past, use_cache=True).logits
+
+
+def call(model: nn.Module, inputs: Tensor, **more: Any) -> Any:
+    """One forward pass, by default without a cache."""
+    return model(input_ids=inputs, **({"use_cache": False} | more))
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The model without its output head: a prefix needs no logits."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "base_model", None)
+    return base if isinstance(base, nn.Module) else model
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats, [batch, seq] float32 or better; 0 where it is `IGNORED`."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view(
+        targets.shape
+    )
+
+
+def trained_context(model: nn.Module) -> int | None:
+    """The longest window, in tokens, that the backbone was trained for, as its config says; None if it doesn't."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def input_embedding(model: Any) -> nn.Module:
+    """The module that token ids go into."""
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Module)
+    return embedding
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where token ids go in: the device of the input embedding ."""
+    embedding = input_embedding(model)
+    device = next(embedding.parameters()).device
+    # accelerate keeps offloaded weights on "meta" and brings them to the execution device for the call.
+    hook = getattr(embedding, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:
+        return torch.device(hook.execution_device)
+    return device

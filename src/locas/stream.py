@@ -1,0 +1,381 @@
+"""Reading: score each chunk, then learn from it (arXiv:2602.05085 sec. 5).
+
+    reader = Reader(model, bank, [ids], ReadSettings(chunk_tokens=1024))
+    for (record,) in reader:
+        print(record.stop, record.nll.mean())
+
+One forward pass gives the loss that is reported and the loss that is differentiated. Documents may be read side
+by side, each into its own memory of a bank; every row is read as if it were alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from locas.attach import attached, check_fit
+from locas.bank import Bank
+from locas.forward import IGNORED, chunk_logits, device_of, frozen, input_embedding, token_nll, trained_context
+from locas.initialise import empty_slots, fill_slots, stepwise_rows
+from locas.write import Writer, WriteSettings
+
+_DEFAULT_WINDOW = 2048  # tokens; the paper's
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How a document is read.
+
+    Attributes:
+        window_tokens: what the model sees at once, start token included; None: 2,048 or the backbone's trained
+            context, whichever is shorter.
+        chunk_tokens: tokens that are scored, and then written, at once; None: half the window.
+        steps: gradient steps for each chunk.
+        fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
+        start_in_every_window: put the start token before every window, not only at the document's beginning.
+        learn: False: score only.
+        write: the write rule and its settings.
+    """
+
+    window_tokens: int | None = None
+    chunk_tokens: int | None = None
+    steps: int = 1
+    fill_eps: float = 1.0
+    start_in_every_window: bool = True
+    learn: bool = True
+    write: WriteSettings = field(default_factory=WriteSettings)
+
+    def __post_init__(self) -> None:
+        if self.window_tokens is not None and self.window_tokens < 2:
+            raise ValueError(f"a window needs at least 2 tokens; got {self.window_tokens}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"a chunk needs at least 1 token; got {self.chunk_tokens}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be 1 or more (to score without learning set learn=False); got {self.steps}")
+
+    def sizes(self, model: nn.Module) -> tuple[int, int]:
+        """(window, chunk) in tokens for this model.
+
+        Raises:
+            ValueError: the window exceeds the context that the model was trained for, or the chunk the window.
+        """
+        trained = trained_context(model)
+        window = self.window_tokens or min(_DEFAULT_WINDOW, trained or _DEFAULT_WINDOW)
+        if trained is not None and window > trained:
+            raise ValueError(
+                f"a window of {window} tokens is longer than the {trained} that this backbone was trained for; "
+                f"use {trained} or less (--window {trained})"
+            )
+        chunk = self.chunk_tokens or max(1, window // 2)
+        if chunk >= window:
+            raise ValueError(
+                f"a chunk of {chunk} tokens does not fit into a window of {window}: at least one token of context "
+                f"goes before it; use --chunk {max(1, window // 2)} or a longer --window"
+            )
+        return window, chunk
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What reading one chunk of one document showed.
+
+    Attributes:
+        start: first token of the chunk.
+        stop: one past its last token.
+        nll: [stop - start] float32, each token's negative log-likelihood in nats before anything was learnt from
+            it; NaN for a first token that nothing precedes.
+        seconds: wall time of the chunk, scoring and writing, shared by all documents that are read side by side.
+        grad_norm: Euclidean norm of the first step's gradient; NaN where nothing was learnt.
+        row_norm: mean length of the memory's rows after the write; NaN without a memory.
+        filled: slots filled step-wise (Locas-MLP).
+        undone: True if a write was undone because a loss or gradient was not finite; from then on the step is
+            `step_scale` times what was asked for.
+        step_scale: see `undone`.
+    """
+
+    start: int
+    stop: int
+    nll: Tensor
+    seconds: float
+    grad_norm: float
+    row_norm: float
+    filled: int
+    undone: bool
+    step_scale: float
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One chunk of the live documents as the model gets it. inputs: [live, seq]; targets: [live, chunk]."""
+
+    start: int
+    rows: list[int]
+    stops: list[int]
+    inputs: Tensor
+    targets: Tensor
+    prefix_tokens: int
+    first_target: int
+
+
+class Reader:
+    """Reads documents side by side, each into its own memory; can be saved after any chunk and resumed.
+
+    Args:
+        model: a causal language model of a supported family.
+        bank: as many memories as documents, or None to score without memory.
+        documents: [n] token ids each, on any device.
+        settings: see `ReadSettings`.
+        start_id: the token before a document's first one (BOS, or EOS as is usual where a model has no BOS); None:
+            the first token then is not scored.
+        first_token: tokens before it are context only, neither scored nor learnt.
+
+    Raises:
+        ValueError: sizes that do not fit together, an empty document, ids outside the vocabulary, or a bank that
+            does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank | None,
+        documents: Sequence[Tensor],
+        settings: ReadSettings,
+        *,
+        start_id: int | None = None,
+        first_token: int = 0,
+    ) -> None:
+        self.window_tokens, self.chunk_tokens = settings.sizes(model)
+        _check_documents(model, documents, bank, first_token)
+        self.model = model
+        self.bank = bank
+        self.sites = check_fit(model, bank) if bank is not None else {}
+        self.settings = settings
+        self.start_id = start_id
+        self.device = device_of(model)
+        self.documents = [d.to(self.device, torch.int64) for d in documents]
+        self.position = first_token
+        learns = bank is not None and settings.learn
+        self.writer = Writer(bank, settings.write) if learns and bank is not None else None
+        self._to_fill = learns and bank is not None and bank.variant == "mlp"
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def done(self) -> bool:
+        """Whether every document is read to its end."""
+        return self.position >= max(d.numel() for d in self.documents)
+
+    def __iter__(self) -> Iterator[list[ChunkRecord | None]]:
+        while not self.done:
+            yield self.next_chunk()
+
+    def next_chunk(self) -> list[ChunkRecord | None]:
+        """Scores the next chunk of every document and learns from it; None for documents that have ended.
+
+        Raises:
+            FloatingPointError: the loss is not finite although the memory's last write was undone.
+        """
+        began = time.perf_counter()
+        window = self._window()
+        bank = self.bank
+        if self.writer is not None and bank is not None:
+            bank.requires_grad_()
+        try:
+            with frozen(self.model), torch.set_grad_enabled(self.writer is not None):
+                if bank is None:
+                    nll, losses = self._score(window)
+                    self._check_finite(window, losses)
+                    undone = torch.zeros(len(window.rows), dtype=torch.bool)
+                    norms, filled = torch.full((len(window.rows),), torch.nan), [0] * len(window.rows)
+                else:
+                    index = None if bank.size == 1 else torch.tensor(window.rows)
+                    with attached(self.model, bank, index):
+                        nll, norms, filled, undone = self._score_and_write(window)
+        finally:
+            if bank is not None:
+                bank.requires_grad_(False)
+        self.position = window.start + self.chunk_tokens
+        return self._records(window, nll, norms, filled, undone, time.perf_counter() - began)
+
+    def _window(self) -> _Window:
+        start = self.position
+        rows = [i for i, d in enumerate(self.documents) if d.numel() > start]
+        stops = [min(start + self.chunk_tokens, self.documents[i].numel()) for i in rows]
+        stop = max(stops)
+        starts_here = self.start_id is not None and self.settings.start_in_every_window
+        # Room for the chunk at its full length, so that a short last chunk does not get more context than others.
+        left = max(0, start + self.chunk_tokens - (self.window_tokens - starts_here))
+        lead = [] if self.start_id is None or (left > 0 and not starts_here) else [self.start_id]
+        first_target = start if (start > left or lead) else start + 1
+        inputs = torch.zeros(len(rows), len(lead) + stop - 1 - left, dtype=torch.int64, device=self.device)
+        targets = torch.full((len(rows), stop - first_target), IGNORED, dtype=torch.int64, device=self.device)
+        for i, (row, end) in enumerate(zip(rows, stops, strict=True)):
+            document = self.documents[row]
+            inputs[i, : len(lead)] = torch.tensor(lead)
+            inputs[i, len(lead) : len(lead) + end - 1 - left] = document[left : end - 1]
+            targets[i, : max(0, end - first_target)] = document[first_target:end]
+        prefix = max(0, len(lead) + first_target - 1 - left)
+        return _Window(start, rows, stops, inputs, targets, prefix, first_target)
+
+    def _score(self, window: _Window) -> tuple[Tensor, Tensor]:
+        """Each target's loss [live, chunk], and each document's mean loss [live]."""
+        if window.targets.shape[1] == 0:
+            return window.targets.new_zeros(window.targets.shape, dtype=torch.float32), torch.zeros(len(window.rows))
+        nll = token_nll(chunk_logits(self.model, window.inputs, window.prefix_tokens), window.targets)
+        counts = (window.targets != IGNORED).sum(dim=1).clamp(min=1)
+        return nll, nll.sum(dim=1) / counts
+
+    def _score_and_write(self, window: _Window) -> tuple[Tensor, Tensor, list[int], Tensor]:
+        nll, losses = self._score(window)
+        bad = self._scatter(window, ~losses.detach().isfinite())
+        if bad.any():
+            nll, losses = self._score_again(window, bad)
+        scored, undone = nll.detach(), bad
+        norms = torch.full((len(window.rows),), torch.nan)
+        filled = [0] * len(window.rows)
+        if self.writer is None or window.targets.shape[1] == 0:
+            return scored, norms, filled, undone[window.rows]
+        first = 0
+        if self._to_fill:
+            filled = self._fill(window, scored)
+            first = int(any(filled))  # filling slots stands for the first gradient step
+        for step in range(first, self.settings.steps):
+            if step > 0:
+                losses = self._score(window)[1]
+            grad = self._gradient(losses)
+            if step == first:
+                norms = grad[window.rows].flatten(1).norm(dim=1).cpu()
+            undone = undone | self.writer.write(grad, self._live(window))
+        return scored, norms, filled, undone[window.rows]
+
+    def _score_again(self, window: _Window, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """After a loss that is not finite: takes those memories' last write back and scores once more."""
+        if self.writer is not None:
+            self.writer.undo(bad)
+        nll, losses = self._score(window)
+        self._check_finite(window, losses)
+        return nll, losses
+
+    def _check_finite(self, window: _Window, losses: Tensor) -> None:
+        bad = [row for row, loss in zip(window.rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
+        if bad:
+            raise FloatingPointError(
+                f"the loss on tokens {window.start}..{max(window.stops)} of document(s) {bad} is not finite, and not "
+                "because of the memory's last write; check the backbone in its dtype on this text (try float32)"
+            )
+
+    def _gradient(self, losses: Tensor) -> Tensor:
+        assert self.bank is not None
+        assert self.bank.grad is not None
+        self.bank.grad.zero_()
+        losses.sum().backward(inputs=self.bank.leaves())
+        return self.bank.grad
+
+    def _fill(self, window: _Window, scored: Tensor) -> list[int]:
+        """Puts one slot a token into empty slots; returns how many for each live document."""
+        assert self.bank is not None
+        room = empty_slots(self.bank)[window.rows]
+        if not room.any():
+            self._to_fill = False
+            return [0] * len(window.rows)
+        keys, values = stepwise_rows(self.model, self.sites, window.inputs, window.prefix_tokens, window.targets)
+        eps = self.settings.fill_eps
+        return [
+            fill_slots(
+                self.bank,
+                row,
+                {layer: k[i] for layer, k in keys.items()},
+                {layer: v[i] * eps for layer, v in values.items()},
+                scored[i],
+                window.targets[i],
+            )
+            for i, row in enumerate(window.rows)
+        ]
+
+    def _live(self, window: _Window) -> Tensor:
+        return self._scatter(window, (window.targets != IGNORED).any(dim=1))
+
+    def _scatter(self, window: _Window, flags: Tensor) -> Tensor:
+        """[live] flags as [bank] flags, False for documents that have ended."""
+        assert self.bank is not None
+        out = torch.zeros(self.bank.size, dtype=torch.bool, device=self.bank.device)
+        out[window.rows] = flags.to(self.bank.device)
+        return out
+
+    def _records(
+        self, window: _Window, nll: Tensor, norms: Tensor, filled: list[int], undone: Tensor, seconds: float
+    ) -> list[ChunkRecord | None]:
+        records: list[ChunkRecord | None] = [None] * len(self.documents)
+        for i, (row, stop) in enumerate(zip(window.rows, window.stops, strict=True)):
+            scores = torch.full((stop - window.start,), torch.nan)
+            skipped = window.first_target - window.start
+            scores[skipped:] = nll[i, : max(0, stop - window.first_target)].float().cpu()
+            bank, writer = self.bank, self.writer
+            records[row] = ChunkRecord(
+                start=window.start,
+                stop=stop,
+                nll=scores,
+                seconds=seconds,
+                grad_norm=float(norms[i]),
+                row_norm=float(bank.rows[row].norm(dim=-1).mean()) if bank is not None else float("nan"),
+                filled=filled[i],
+                undone=bool(undone[i]),
+                step_scale=float(writer.scale[row]) if writer is not None else 1.0,
+            )
+        return records
+
+    # ---------------------------------------------------------------- resuming
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rest of the run depends on, besides model, documents and settings."""
+        state = {"position": torch.tensor(self.position)}
+        if self.bank is not None:
+            state |= {"rows": self.bank.rows, "tau": self.bank.tau}
+        if self.writer is not None:
+            state |= {f"writer.{name}": t for name, t in self.writer.state().items()}
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken: the rest of the run is bit-identical to never having stopped.
+
+        Raises:
+            ValueError: the state is of another layout; nothing was changed.
+        """
+        if self.bank is not None:
+            rows = state.get("rows")
+            if rows is None or rows.shape != self.bank.rows.shape or rows.dtype != self.bank.rows.dtype:
+                found = None if rows is None else (tuple(rows.shape), rows.dtype)
+                raise ValueError(
+                    f"this state holds rows of {found}, the reader needs {tuple(self.bank.rows.shape)}, "
+                    f"{self.bank.rows.dtype}; resume with the settings that the run was started with"
+                )
+            self.bank.rows.copy_(rows)
+            self.bank.tau.copy_(state["tau"])
+        if self.writer is not None:
+            prefix = "writer."
+            self.writer.load_state({k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)})
+        self.position = int(state["position"])
+
+
+def _check_documents(model: nn.Module, documents: Sequence[Tensor], bank: Bank | None, first_token: int) -> None:
+    if not documents:
+        raise ValueError("there is no document to read")
+    if bank is not None and bank.size != len(documents):
+        raise ValueError(f"{len(documents)} documents need as many memories; the bank holds {bank.size}")
+    vocabulary = next(input_embedding(model).parameters()).shape[0]
+    for i, ids in enumerate(documents):
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"document {i} must be a vector of token ids; got {tuple(ids.shape)} {ids.dtype}")
+        if ids.numel() <= first_token or first_token < 0:
+            raise ValueError(f"document {i} has {ids.numel()} tokens: there is nothing to read from {first_token} on")
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"document {i} has token ids {int(ids.min())}..{int(ids.max())}, but the backbone knows "
+                f"0..{vocabulary - 1}; was it encoded with another tokenizer?"
+            )

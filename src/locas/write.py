@@ -1,0 +1,192 @@
+"""Write rules: how a gradient becomes a change of a memory's rows.
+
+Two rules, chosen by name. Both work on a whole bank at once, `[bank, n_rows, d_model]`; memories never mix, each
+has its own step count, step scale and active flag, so that documents side by side are read as if alone.
+
+* `adamw`: Adam without weight decay; `step` is the learning rate (an entry's change).
+* `muon`: momentum, then orthogonalisation of each [rank, d_model] matrix (Newton-Schulz); `step` is the length
+  by which a row moves, whatever d_model is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from locas.bank import Bank
+
+Rule = Literal["muon", "adamw"]
+
+# Coefficients of the quintic Newton-Schulz iteration of Muon (K. Jordan, 2024): singular values land in about
+# [0.7, 1.2] after five rounds, whatever they were, as long as they are not vanishingly small.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """How one gradient step changes the memory.
+
+    Attributes:
+        rule: "muon" (orthogonalised momentum) or "adamw".
+        step: muon: the length by which a row moves; adamw: the learning rate.
+        momentum: muon's decay of past gradients.
+        beta1: adamw's decay of the first moment.
+        beta2: adamw's decay of the second moment.
+        eps: adamw's floor under the root of the second moment.
+        clip: rows longer than 1 are cut to length 1 after every step (arXiv:2602.05085 sec. 4).
+    """
+
+    rule: Rule = "muon"
+    step: float = 0.05
+    momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"write rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
+        if not (self.step > 0 and math.isfinite(self.step)):
+            raise ValueError(f"the step must be a positive number; got {self.step}")
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive; got {self.eps}")
+
+
+class Writer:
+    """Applies write rules to one bank and can take the last write back.
+
+    Attributes:
+        scale: [bank] multiplier of the step, halved for a memory whenever one of its writes was undone.
+        moments: the rule's running averages, each [bank, n_rows, d_model].
+        counts: [bank] updates made.
+    """
+
+    def __init__(self, bank: Bank, settings: WriteSettings) -> None:
+        self.bank = bank
+        self.settings = settings
+        self.moments = [torch.zeros_like(bank.rows) for _ in range(1 if settings.rule == "muon" else 2)]
+        self.counts = torch.zeros(bank.size, dtype=torch.int64, device=bank.device)
+        self.scale = torch.ones(bank.size, dtype=torch.float64, device=bank.device)
+        self._before: list[Tensor] | None = None
+
+    def _live(self) -> list[Tensor]:
+        return [self.bank.rows, *self.moments, self.counts]
+
+    @torch.no_grad()
+    def write(self, grad: Tensor, active: Tensor) -> Tensor:
+        """One update of the active memories, undone at once for those whose gradient or result is not finite.
+
+        Args:
+            grad: [bank, n_rows, d_model], gradient of each memory's own loss.
+            active: [bank] bool, which memories have something to learn; the others do not change at all.
+
+        Returns:
+            [bank] bool: the memories whose write was undone; their `scale` is halved.
+        """
+        self._before = [t.clone() for t in self._live()]
+        finite = grad.isfinite().all(dim=-1).all(dim=-1)
+        grad = torch.where(finite[:, None, None], grad, 0.0)
+        self.counts += 1
+        delta = self._muon(grad) if self.settings.rule == "muon" else self._adamw(grad)
+        self.bank.rows.sub_(delta * self.scale[:, None, None].to(delta.dtype))
+        if self.settings.clip:
+            self.bank.clip_rows()
+        finite &= self.bank.rows.isfinite().all(dim=-1).all(dim=-1)
+        self._restore(~(active & finite))
+        failed = active & ~finite
+        self._halve(failed)
+        return failed
+
+    @torch.no_grad()
+    def undo(self, which: Tensor) -> None:
+        """Takes the last write of the memories in `which` ([bank] bool) back and halves their step."""
+        self._restore(which)
+        self._halve(which)
+
+    def _restore(self, which: Tensor) -> None:
+        if self._before is None:
+            return
+        for live, before in zip(self._live(), self._before, strict=True):
+            mask = which.reshape(-1, *[1] * (live.ndim - 1))
+            live.copy_(torch.where(mask, before, live))
+
+    def _halve(self, which: Tensor) -> None:
+        self.scale.mul_(torch.where(which, 0.5, 1.0))
+
+    def _adamw(self, grad: Tensor) -> Tensor:
+        s = self.settings
+        first, second = self.moments
+        first.lerp_(grad, 1 - s.beta1)
+        second.lerp_(grad.square(), 1 - s.beta2)
+        count = self.counts[:, None, None].to(grad.dtype)
+        scale = second.div(1 - s.beta2**count).sqrt_().add_(s.eps)
+        return first.div(1 - s.beta1**count).div_(scale).mul_(s.step)
+
+    def _muon(self, grad: Tensor) -> Tensor:
+        s = self.settings
+        (velocity,) = self.moments
+        velocity.mul_(s.momentum).add_(grad)
+        ahead = grad.add(velocity, alpha=s.momentum)  # Nesterov
+        delta = torch.empty_like(ahead)
+        for rows, rank in self.bank.runs():
+            matrices = ahead[:, rows].unflatten(1, (-1, rank))
+            # Orthogonal rows have length 1 up to rank = d_model; beyond it the columns have, so stretch them.
+            length = s.step * max(1.0, rank / self.bank.d_model) ** 0.5
+            delta[:, rows] = orthogonalise(matrices).mul_(length).flatten(1, 2)
+        return delta
+
+    # ---------------------------------------------------------------- resuming
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next writes depend on, besides the bank itself."""
+        state = {"counts": self.counts, "scale": self.scale}
+        state |= {f"moment.{i}": m for i, m in enumerate(self.moments)}
+        if self._before is not None:
+            state |= {f"before.{i}": t for i, t in enumerate(self._before)}
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` returned, from a writer of the same bank layout and settings."""
+        self.counts.copy_(state["counts"])
+        self.scale.copy_(state["scale"])
+        for i, moment in enumerate(self.moments):
+            moment.copy_(state[f"moment.{i}"])
+        if "before.0" in state:
+            self._before = [state[f"before.{i}"].to(t.device) for i, t in enumerate(self._live())]
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows (or columns), approximately: U V^T of the SVD x = U S V^T.
+
+    Newton-Schulz: x <- (a I + b x x^T + c (x x^T)^2) x. All iterates are polynomials of the one Gram matrix
+    x x^T times x, so the rounds run on that small [rank, rank] matrix, and the long side is touched twice,
+    instead of twice a round.
+
+    Args:
+        x: [..., m, n] float32 or float64.
+
+    Returns:
+        [..., m, n], singular values about 0.7 to 1.2; a zero matrix stays zero.
+    """
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + torch.finfo(x.dtype).tiny)
+    a, b, c = _NEWTON_SCHULZ
+    gram = wide @ wide.mT
+    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    total = None
+    for _ in range(_ROUNDS):
+        p = a * identity + b * gram + c * (gram @ gram)
+        total = p if total is None else p @ total
+        gram = p @ gram @ p
+    assert total is not None
+    out = total @ wide
+    return out if x.shape[-2] <= x.shape[-1] else out.mT
