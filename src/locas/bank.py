@@ -182,9 +182,11 @@ class Bank:
                 )
             return self._read_rows(a, keys, values, tau)
         index = spread(index.to(a.device), a.shape[0])
-        chosen = index.clamp(min=0)
-        out = self._read_rows(a, keys[chosen], values[chosen], tau[chosen])
-        return torch.where((index >= 0)[:, None, None], out, out.new_zeros(()))
+        chosen, absent = index.clamp(min=0), (index < 0)[:, None, None]
+        # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
+        keys, values = keys[chosen].masked_fill(absent, 0.0), values[chosen].masked_fill(absent, 0.0)
+        tau = tau[chosen].masked_fill(index < 0, 0.0)
+        return self._read_rows(a.masked_fill(absent, 0.0), keys, values, tau)
 
     def _gate(self, both: Tensor) -> Tensor:
         if self.variant == "mlp":
@@ -206,17 +208,18 @@ class Bank:
             self.grad = None
             self._bind()
             return self
+        self._bind()
         self.grad = torch.zeros_like(self.rows)
         for layer, leaves in self._leaves.items():
             start = self._start[layer]
             for leaf in leaves:
                 leaf.requires_grad_(True)
-                leaf.grad = self.grad[:, start : start + leaf.shape[1]]
+                leaf.register_post_accumulate_grad_hook(_move_grad_to(self.grad[:, start : start + leaf.shape[1]]))
                 start += leaf.shape[1]
         return self
 
     def leaves(self) -> list[Tensor]:
-        """The tensors to differentiate, views of `rows` whose `.grad` are views of `grad`."""
+        """The tensors to differentiate, views of `rows`; a backward pass adds their gradients up in `grad`."""
         return [leaf for pair in self._leaves.values() for leaf in pair]
 
     @torch.no_grad()
@@ -276,6 +279,18 @@ class Bank:
             f"Bank({self.variant}, {self.activation}, d_model={self.d_model}, rank={rank}, "
             f"layers={list(self.ranks)}, size={self.size})"
         )
+
+
+def _move_grad_to(total: Tensor) -> Callable[[Tensor], None]:
+    """Hook that adds a leaf's fresh gradient to `total`. Were `total` the leaf's own `.grad`, autograd would warn:
+    it wants a contiguous one, which a part of a bank of several memories is not."""
+
+    def move(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        total.add_(leaf.grad)
+        leaf.grad = None
+
+    return move
 
 
 def spread(index: Tensor, batch: int) -> Tensor:

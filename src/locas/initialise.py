@@ -38,7 +38,7 @@ class InitSettings:
     Attributes:
         rank: slots for each layer.
         variant: "auto": gated (glu) beside a gated FFN, else mlp.
-        strategy: "auto": top-k for glu, step-wise for mlp.
+        init: strategy; "auto": top-k for glu, step-wise for mlp.
         tau_scale: multiplies the output scale tau = mean_j ||v_j|| / rank; the paper's is 1.
         activation: "auto": the backbone FFN's own, so that merging is exact; or a name, e.g. "relu".
         seed: of the random strategies.
@@ -46,7 +46,7 @@ class InitSettings:
 
     rank: int = 64
     variant: Literal["auto"] | Variant = "auto"
-    strategy: Literal["auto"] | Strategy = "auto"
+    init: Literal["auto"] | Strategy = "auto"
     tau_scale: float = 256.0
     activation: str = "auto"
     seed: int = 0
@@ -56,11 +56,11 @@ class InitSettings:
             raise ValueError(f"the rank must be 1 or more; got {self.rank}")
         if self.variant not in ("auto", *get_args(Variant)):
             raise ValueError(f"variant {self.variant!r} is not one of auto, {', '.join(get_args(Variant))}")
-        if self.strategy not in ("auto", *get_args(Strategy)):
-            raise ValueError(f"initialisation {self.strategy!r} is not one of auto, {', '.join(get_args(Strategy))}")
+        if self.init not in ("auto", *get_args(Strategy)):
+            raise ValueError(f"initialisation {self.init!r} is not one of auto, {', '.join(get_args(Strategy))}")
         if not self.tau_scale > 0:
             raise ValueError(f"tau_scale must be positive; got {self.tau_scale}")
-        if self.variant == "glu" and self.strategy == "step-wise":
+        if self.variant == "glu" and self.init == "step-wise":
             raise ValueError(
                 "step-wise initialisation writes a key and a value for a token, which the product with a gate makes "
                 "impossible for Locas-GLU; use top-k, or variant mlp"
@@ -128,7 +128,7 @@ def create_bank(
 def _resolve(settings: InitSettings, site: Site) -> tuple[Variant, Strategy]:
     variant: Variant = ("glu" if site.gated else "mlp") if settings.variant == "auto" else settings.variant
     default: Strategy = "top-k" if variant == "glu" else "step-wise"
-    strategy: Strategy = default if settings.strategy == "auto" else settings.strategy
+    strategy: Strategy = default if settings.init == "auto" else settings.init
     if strategy == "step-wise" and variant == "glu":
         raise ValueError("step-wise initialisation is for Locas-MLP; this memory is gated (variant glu): use top-k")
     if strategy in CLONING and variant == "glu" and not site.gated:

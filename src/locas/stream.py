@@ -1,6 +1,6 @@
 """Reading: score each chunk, then learn from it (arXiv:2602.05085 sec. 5).
 
-    reader = Reader(model, bank, [ids], ReadSettings(chunk_tokens=1024))
+    reader = Reader(model, bank, [ids], ReadSettings(chunk=1024))
     for (record,) in reader:
         print(record.stop, record.nll.mean())
 
@@ -33,31 +33,30 @@ class ReadSettings:
     """How a document is read.
 
     Attributes:
-        window_tokens: what the model sees at once, start token included; None: 2,048 or the backbone's trained
+        window: tokens that the model sees at once, start token included; None: 2,048 or the backbone's trained
             context, whichever is shorter.
-        chunk_tokens: tokens that are scored, and then written, at once; None: half the window.
+        chunk: tokens that are scored, and then written, at once; None: half the window.
         steps: gradient steps for each chunk.
         fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
-        start_in_every_window: put the start token before every window, not only at the document's beginning.
-        learn: False: score only.
+        start_in_every_window: put the start token before every window, not only before the document's first token;
+            None: as the tokenizer does where one is at hand, else yes.
         write: the write rule and its settings.
     """
 
-    window_tokens: int | None = None
-    chunk_tokens: int | None = None
+    window: int | None = None
+    chunk: int | None = None
     steps: int = 1
     fill_eps: float = 1.0
-    start_in_every_window: bool = True
-    learn: bool = True
+    start_in_every_window: bool | None = None
     write: WriteSettings = field(default_factory=WriteSettings)
 
     def __post_init__(self) -> None:
-        if self.window_tokens is not None and self.window_tokens < 2:
-            raise ValueError(f"a window needs at least 2 tokens; got {self.window_tokens}")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(f"a chunk needs at least 1 token; got {self.chunk_tokens}")
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"a window needs at least 2 tokens; got {self.window}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"a chunk needs at least 1 token; got {self.chunk}")
         if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more (to score without learning set learn=False); got {self.steps}")
+            raise ValueError(f"steps must be 1 or more (to score without learning pass learn=False); got {self.steps}")
 
     def sizes(self, model: nn.Module) -> tuple[int, int]:
         """(window, chunk) in tokens for this model.
@@ -66,13 +65,13 @@ class ReadSettings:
             ValueError: the window exceeds the context that the model was trained for, or the chunk the window.
         """
         trained = trained_context(model)
-        window = self.window_tokens or min(_DEFAULT_WINDOW, trained or _DEFAULT_WINDOW)
+        window = self.window or min(_DEFAULT_WINDOW, trained or _DEFAULT_WINDOW)
         if trained is not None and window > trained:
             raise ValueError(
                 f"a window of {window} tokens is longer than the {trained} that this backbone was trained for; "
                 f"use {trained} or less (--window {trained})"
             )
-        chunk = self.chunk_tokens or max(1, window // 2)
+        chunk = self.chunk or max(1, window // 2)
         if chunk >= window:
             raise ValueError(
                 f"a chunk of {chunk} tokens does not fit into a window of {window}: at least one token of context "
@@ -134,6 +133,7 @@ class Reader:
         start_id: the token before a document's first one (BOS, or EOS as is usual where a model has no BOS); None:
             the first token then is not scored.
         first_token: tokens before it are context only, neither scored nor learnt.
+        learn: False: score only.
 
     Raises:
         ValueError: sizes that do not fit together, an empty document, ids outside the vocabulary, or a bank that
@@ -149,6 +149,7 @@ class Reader:
         *,
         start_id: int | None = None,
         first_token: int = 0,
+        learn: bool = True,
     ) -> None:
         self.window_tokens, self.chunk_tokens = settings.sizes(model)
         _check_documents(model, documents, bank, first_token)
@@ -160,7 +161,7 @@ class Reader:
         self.device = device_of(model)
         self.documents = [d.to(self.device, torch.int64) for d in documents]
         self.position = first_token
-        learns = bank is not None and settings.learn
+        learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
         self._to_fill = learns and bank is not None and bank.variant == "mlp"
 
@@ -208,7 +209,7 @@ class Reader:
         rows = [i for i, d in enumerate(self.documents) if d.numel() > start]
         stops = [min(start + self.chunk_tokens, self.documents[i].numel()) for i in rows]
         stop = max(stops)
-        starts_here = self.start_id is not None and self.settings.start_in_every_window
+        starts_here = self.start_id is not None and self.settings.start_in_every_window is not False
         # Room for the chunk at its full length, so that a short last chunk does not get more context than others.
         left = max(0, start + self.chunk_tokens - (self.window_tokens - starts_here))
         lead = [] if self.start_id is None or (left > 0 and not starts_here) else [self.start_id]

@@ -3,8 +3,8 @@
 Two rules, chosen by name. Both work on a whole bank at once, `[bank, n_rows, d_model]`; memories never mix, each
 has its own step count, step scale and active flag, so that documents side by side are read as if alone.
 
-* `adamw`: Adam without weight decay; `step` is the learning rate (an entry's change).
-* `muon`: momentum, then orthogonalisation of each [rank, d_model] matrix (Newton-Schulz); `step` is the length
+* `adamw`: Adam without weight decay; `lr` is about an entry's change.
+* `muon`: momentum, then orthogonalisation of each [rank, d_model] matrix (Newton-Schulz); `lr` is the length
   by which a row moves, whatever d_model is.
 """
 
@@ -33,7 +33,7 @@ class WriteSettings:
 
     Attributes:
         rule: "muon" (orthogonalised momentum) or "adamw".
-        step: muon: the length by which a row moves; adamw: the learning rate.
+        lr: the learning rate. muon: the length by which a row moves; adamw: about an entry's change.
         momentum: muon's decay of past gradients.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
@@ -42,7 +42,7 @@ class WriteSettings:
     """
 
     rule: Rule = "muon"
-    step: float = 0.05
+    lr: float = 0.05
     momentum: float = 0.95
     beta1: float = 0.9
     beta2: float = 0.999
@@ -52,8 +52,8 @@ class WriteSettings:
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise ValueError(f"write rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
-        if not (self.step > 0 and math.isfinite(self.step)):
-            raise ValueError(f"the step must be a positive number; got {self.step}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a positive number; got {self.lr}")
         for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
@@ -92,7 +92,7 @@ class Writer:
         Returns:
             [bank] bool: the memories whose write was undone; their `scale` is halved.
         """
-        self._before = [t.clone() for t in self._live()]
+        now = [t.clone() for t in self._live()]
         finite = grad.isfinite().all(dim=-1).all(dim=-1)
         grad = torch.where(finite[:, None, None], grad, 0.0)
         self.counts += 1
@@ -101,23 +101,32 @@ class Writer:
         if self.settings.clip:
             self.bank.clip_rows()
         finite &= self.bank.rows.isfinite().all(dim=-1).all(dim=-1)
-        self._restore(~(active & finite))
+        done = active & finite
+        self._restore(~done, now)
+        self._before = now if self._before is None else _mix(done, now, self._before)
         failed = active & ~finite
         self._halve(failed)
         return failed
 
     @torch.no_grad()
+    def remember(self, which: Tensor) -> None:
+        """Before a change made elsewhere (filling slots): what `undo` then goes back to, for `which` ([bank] bool)."""
+        now = [t.clone() for t in self._live()]
+        self._before = now if self._before is None else _mix(which, now, self._before)
+
+    @torch.no_grad()
     def undo(self, which: Tensor) -> None:
-        """Takes the last write of the memories in `which` ([bank] bool) back and halves their step."""
-        self._restore(which)
+        """Takes the last write of the memories in `which` ([bank] bool) back and halves their step.
+
+        Attempts that failed are no writes: what comes back is the state before the last one that changed a memory.
+        """
+        if self._before is not None:
+            self._restore(which, self._before)
         self._halve(which)
 
-    def _restore(self, which: Tensor) -> None:
-        if self._before is None:
-            return
-        for live, before in zip(self._live(), self._before, strict=True):
-            mask = which.reshape(-1, *[1] * (live.ndim - 1))
-            live.copy_(torch.where(mask, before, live))
+    def _restore(self, which: Tensor, before: list[Tensor]) -> None:
+        for live, mixed in zip(self._live(), _mix(which, before, self._live()), strict=True):
+            live.copy_(mixed)
 
     def _halve(self, which: Tensor) -> None:
         self.scale.mul_(torch.where(which, 0.5, 1.0))
@@ -127,9 +136,10 @@ class Writer:
         first, second = self.moments
         first.lerp_(grad, 1 - s.beta1)
         second.lerp_(grad.square(), 1 - s.beta2)
-        count = self.counts[:, None, None].to(grad.dtype)
-        scale = second.div(1 - s.beta2**count).sqrt_().add_(s.eps)
-        return first.div(1 - s.beta1**count).div_(scale).mul_(s.step)
+        count = self.counts[:, None, None].to(torch.float64)  # 1 - 0.999 in float32 is wrong in the fifth digit
+        correct1, correct2 = ((1 - beta**count).to(grad.dtype) for beta in (s.beta1, s.beta2))
+        scale = second.div(correct2).sqrt_().add_(s.eps)
+        return first.div(correct1).div_(scale).mul_(s.lr)
 
     def _muon(self, grad: Tensor) -> Tensor:
         s = self.settings
@@ -140,7 +150,7 @@ class Writer:
         for rows, rank in self.bank.runs():
             matrices = ahead[:, rows].unflatten(1, (-1, rank))
             # Orthogonal rows have length 1 up to rank = d_model; beyond it the columns have, so stretch them.
-            length = s.step * max(1.0, rank / self.bank.d_model) ** 0.5
+            length = s.lr * max(1.0, rank / self.bank.d_model) ** 0.5
             delta[:, rows] = orthogonalise(matrices).mul_(length).flatten(1, 2)
         return delta
 
@@ -160,8 +170,16 @@ class Writer:
         self.scale.copy_(state["scale"])
         for i, moment in enumerate(self.moments):
             moment.copy_(state[f"moment.{i}"])
+        self._before = None
         if "before.0" in state:
-            self._before = [state[f"before.{i}"].to(t.device) for i, t in enumerate(self._live())]
+            self._before = [state[f"before.{i}"].to(t.device, copy=True) for i, t in enumerate(self._live())]
+
+
+def _mix(which: Tensor, one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+    """Tensors [bank, ...] with the memories in `which` ([bank] bool) from `one`, the rest from `other`."""
+    return [
+        torch.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(one, other, strict=True)
+    ]  # fmt: skip
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -178,7 +196,10 @@ def orthogonalise(x: Tensor) -> Tensor:
         [..., m, n], singular values about 0.7 to 1.2; a zero matrix stays zero.
     """
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + torch.finfo(x.dtype).tiny)
+    # First to a largest entry of 1: the squares of very small or large ones leave float32's range.
+    peak = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    wide = wide / torch.where(peak == 0, 1.0, peak)
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     a, b, c = _NEWTON_SCHULZ
     gram = wide @ wide.mT
     identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)

@@ -1,0 +1,74 @@
+"""The command line: `locas memorize`, `score`, `generate`, `chat`, `info`, `demo`.
+
+Flags are generated from the settings' dataclasses, where their defaults and help texts stand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from locas.cli.common import UserError, fail
+from locas.cli.demo import Demo
+from locas.cli.info import Info
+from locas.cli.memorize import Memorize, memorize_defaults
+from locas.cli.score import ScoreText
+from locas.cli.talk import Chat, Generate
+
+_DESCRIPTION = """Long-term memory for language models that lives in weights (Locas, arXiv:2602.05085).
+
+Read a text into a memory file, then use the file instead of the text:
+
+    locas memorize book.txt -o book.safetensors --compare
+    locas score chapter.txt --memory book.safetensors
+    locas chat --memory book.safetensors
+
+Everything works offline with the built-in backbone; --model takes any folder or hub name.
+`locas demo` shows it all in two minutes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in args
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_transformers()
+    try:
+        return _parse(args).run()
+    except (UserError, ValueError, FloatingPointError, OSError, TypeError) as error:
+        if os.environ.get("LOCAS_TRACEBACK"):
+            raise
+        return fail(error, as_json)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(args: list[str]) -> Any:
+    sub = tyro.conf.subcommand
+    commands = (
+        Annotated[Memorize, sub("memorize", default=memorize_defaults(args))]
+        | Annotated[ScoreText, sub("score")]
+        | Annotated[Generate, sub("generate")]
+        | Annotated[Chat, sub("chat")]
+        | Annotated[Info, sub("info")]
+        | Annotated[Demo, sub("demo")]
+    )
+    return tyro.cli(
+        commands,
+        args=args,
+        prog="locas",
+        description=_DESCRIPTION,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _quiet_transformers() -> None:
+    """Only our own progress bars and errors on the terminal."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()

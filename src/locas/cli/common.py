@@ -1,0 +1,163 @@
+"""What the commands share: options, loading, printing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from locas.backbone import Backbone, Dtype, load_backbone
+from locas.run import Text
+from locas.text import Document, collect
+
+
+class UserError(Exception):
+    """Something that the user can mend; its text is shown without a traceback."""
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """Which backbone, where and how exactly."""
+
+    model: str | None = None
+    """Folder with a transformers checkpoint, name on the Hugging Face hub, or built-in backbone
+    (default: tiny-glu, which the package carries)."""
+    dtype: Dtype = "auto"
+    """Precision of the backbone; auto: bfloat16 on CUDA, float32 on CPU. Memories are always float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..., or spread (over all devices, through accelerate)."""
+
+    def load(self) -> Backbone:
+        return load_backbone(self.model, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which text, and how files become text."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Text files, folders (all text files in them, sorted), or - for standard input."""
+    gutenberg: bool = False
+    """Strip the header and licence of Project Gutenberg e-books."""
+    reflow: bool = False
+    """Join hard-wrapped lines into paragraphs, one a line."""
+    encoding: str | None = None
+    """Encoding of the files; found out where not given."""
+    max_tokens: int | None = None
+    """Read at most so many tokens of each text."""
+
+    def collect(self) -> list[Document]:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"--max-tokens must be 1 or more; got {self.max_tokens}")
+        return collect(
+            self.paths,
+            gutenberg=self.gutenberg,
+            reflow=self.reflow,
+            encoding=self.encoding,
+            on_skip=lambda path: err.print(f"[dim]skipped {path}: no Project Gutenberg marks[/dim]"),
+        )
+
+    def tokenize(self, documents: list[Document], backbone: Backbone) -> list[Text]:
+        texts = []
+        for document in documents:
+            ids, n_bytes = backbone.encode(document.text, self.max_tokens)
+            texts.append(Text(document.name, ids, n_bytes, document.sha256))
+        return texts
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How results are printed."""
+
+    json: bool = False
+    """Print the result as one JSON object on standard output; everything else goes to standard error."""
+
+
+# Progress and messages go to standard error, results to standard output.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One JSON object, NaN as null."""
+    sys.stdout.write(json.dumps(_without_nan(result), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def fail(error: Exception, as_json: bool) -> int:
+    """Prints an error as the user should see it; returns the exit status for it."""
+    text = str(error) or repr(error)
+    err.print(f"error: {text}", style="bold red", soft_wrap=True, markup=False)
+    if as_json:
+        print_json({"error": text})
+    return 2
+
+
+def percent(new: float, old: float) -> str:
+    """Relative change, as "-12.3%"."""
+    return f"{100 * (new / old - 1):+.1f}%"
+
+
+def comparison(results: dict[str, Any], with_name: str = "with memory") -> Table:
+    """A table of figures with memory, and without where they are known."""
+    baseline = results.get("baseline")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("perplexity", justify="right")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("seconds", justify="right")
+    rows = [("without memory", baseline), (with_name, results)] if baseline else [(with_name, results)]
+    for name, row in rows:
+        table.add_row(
+            name,
+            f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.1f}",
+        )
+    if baseline:
+        table.add_row(
+            "change",
+            percent(results["perplexity"], baseline["perplexity"]),
+            percent(results["bits_per_byte"], baseline["bits_per_byte"]),
+            "",
+            "",
+            style="bold",
+        )
+    return table
+
+
+def short(path: str | Path) -> str:
+    """A path quoted for the shell where that is needed."""
+    return shlex.quote(str(path))
+
+
+__all__ = [
+    "BackboneOptions",
+    "OutputOptions",
+    "TextOptions",
+    "UserError",
+    "comparison",
+    "err",
+    "fail",
+    "out",
+    "percent",
+    "print_json",
+    "short",
+]

@@ -1,0 +1,79 @@
+"""`locas info`: what a memory file contains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from locas.cli.common import OutputOptions, out, print_json
+from locas.memory import load
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a memory file contains: backbone, shape, what it has read, its settings.
+
+    locas info book.safetensors
+    """
+
+    file: Annotated[str, tyro.conf.Positional]
+    """A memory file."""
+    show: OutputOptions = field(default_factory=OutputOptions)
+
+    def run(self) -> int:
+        memory = load(self.file)
+        manifest = memory.manifest()
+        norms = {
+            str(layer): {
+                name: round(float(part[0].norm(dim=-1).mean()), 4)
+                for name, part in zip(("gate", "key", "value"), (slots.g, slots.k, slots.v), strict=True)
+                if part is not None
+            }
+            for layer in memory.bank.layers
+            for slots in (memory.bank.slots(layer),)
+        }
+        size = Path(self.file).stat().st_size
+        if self.show.json:
+            print_json(manifest | {"parameters": memory.n_parameters, "file_bytes": size, "mean_row_norms": norms})
+            return 0
+        _describe(manifest, memory.n_parameters, size, norms)
+        return 0
+
+
+def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[str, dict[str, float]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    tokens = sum(d["tokens"] for d in manifest["documents"])
+    table.add_row(
+        "memory", f"Locas-{manifest['variant'].upper()}, {manifest['activation']}, format {manifest['version']}"
+    )
+    table.add_row("backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
+    table.add_row("parameters", f"{parameters:,}  ({size / 2**20:.2f} MiB)")
+    table.add_row("read", f"{tokens:,} tokens in {len(manifest['documents'])} texts" if tokens else "nothing yet")
+    for document in manifest["documents"]:
+        table.add_row("", f"{document['name']}: {document['tokens']:,} tokens")
+    for group, settings in manifest["settings"].items():
+        table.add_row(f"settings: {group}", _flat(settings))
+    table.add_row("written by", f"locas {manifest['library']}")
+    out.print(table)
+    layers = Table(box=None, pad_edge=False, header_style="bold")
+    parts = list(next(iter(norms.values())))
+    for name in ("layer", "rank", "tau", *(f"|{part}|" for part in parts)):
+        layers.add_column(name, justify="right")
+    for layer, rank in manifest["ranks"].items():
+        layers.add_row(
+            layer, str(rank), f"{manifest['tau'][layer]:.4g}", *(f"{norms[layer][part]:.3f}" for part in parts)
+        )
+    out.print()
+    out.print(layers)
+
+
+def _flat(settings: Any) -> str:
+    if not isinstance(settings, dict):
+        return str(settings)
+    return "  ".join(f"{k}={_flat(v)}" if not isinstance(v, dict) else f"{k}({_flat(v)})" for k, v in settings.items())

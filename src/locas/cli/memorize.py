@@ -1,0 +1,278 @@
+"""`locas memorize`: read texts into a memory file."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from locas.cli.common import (
+    BackboneOptions,
+    OutputOptions,
+    TextOptions,
+    UserError,
+    comparison,
+    err,
+    out,
+    percent,
+    print_json,
+    short,
+)
+from locas.initialise import InitSettings
+from locas.run import Progress as RunProgress
+from locas.run import Run, RunSettings
+from locas.stream import ReadSettings
+from locas.write import WriteSettings
+
+Preset = Literal["default", "paper"]
+
+# "default" is what our own sweep on the development books shows to be best (LOG.md); "paper" is what
+# arXiv:2602.05085 states, and AdamW where it is silent.
+PRESETS: dict[str, RunSettings] = {
+    "default": RunSettings(),
+    "paper": RunSettings(
+        init=InitSettings(tau_scale=1.0), read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Memorize:
+    """Read texts into a memory file.
+
+    Each chunk of the text is scored first, then learnt. Ctrl-C stops after the current chunk and says how to go on;
+    so does a crash or a kill: run the same command with --resume.
+
+        locas memorize book.txt -o book.safetensors --compare
+        locas memorize src/ -o code.safetensors --model Qwen/Qwen3-0.6B-Base
+        cat notes.md | locas memorize - -o notes.safetensors --memory book.safetensors
+    """
+
+    text: TextOptions
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+    """The memory file to write (.safetensors)."""
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Go on with this memory; its rank, layers and initialisation stay as they are."""
+    compare: bool = False
+    """Also read every text without memory, and show the difference (costs about the time of reading)."""
+    resume: bool = False
+    """Go on where a stopped run of the same settings left off; start afresh where there is none."""
+    save_every: float = 30.0
+    """Seconds between two states that a run can be resumed from; 0: after every chunk."""
+    preset: Preset = "default"
+    """Settings to start from, which other flags then change. paper: output scale, write rule and learning rate
+    as published; default: what our own sweep shows to be best."""
+    layers: str = "all"
+    """Layers that get a memory: all, upper-half, or numbers such as 0,3-5."""
+    init_tokens: int | None = None
+    """Tokens whose activations choose the basis (default: the first chunk; with more, the choice sees text before
+    it is scored)."""
+    initialise: InitSettings = field(default_factory=InitSettings)
+    read: ReadSettings = field(default_factory=ReadSettings)
+    show: OutputOptions = field(default_factory=OutputOptions)
+
+    def settings(self) -> RunSettings:
+        """What the run's result depends on."""
+        return RunSettings(
+            init=self.initialise,
+            read=self.read,
+            layers=self.layers,
+            init_tokens=self.init_tokens,
+            start_from=self.memory,
+            compare=self.compare,
+        )
+
+    def run(self) -> int:
+        if self.save_every < 0:
+            raise UserError(f"--save-every is a number of seconds, 0 or more; got {self.save_every}")
+        documents = self.text.collect()
+        backbone = self.backbone.load()
+        run = Run(backbone, self.text.tokenize(documents, backbone), self.output, self.settings())
+        self._announce(run)
+        if not drive(run, self.save_every):
+            return self._stopped(run)
+        run.finish()
+        results = run.results() | {"memory": str(run.output), "undone_writes": run.undone}
+        if self.show.json:
+            print_json(results)
+        else:
+            out.print(comparison(results))
+            n = run.memory.n_parameters
+            out.print(
+                f"\n[bold]{run.output}[/bold]: {n:,} parameters ({100 * n / backbone.n_parameters:.2f}% of the "
+                f"backbone's), {Path(run.output).stat().st_size / 2**20:.1f} MiB"
+            )
+            if len(run.texts) > 1:
+                out.print(f"{len(run.texts)} texts, {run.total_tokens:,} tokens")
+            model = f" --model {short(self.backbone.model)}" if self.backbone.model else ""
+            out.print(f"[dim]try: locas chat --memory {short(run.output)}{model}[/dim]")
+        if run.undone:
+            err.print(f"{run.undone} writes were undone because a loss or gradient was not finite; the step was halved")
+        return 0
+
+    def _announce(self, run: Run) -> None:
+        if self.resume and run.resume():
+            err.print(f"going on at token {run.tokens:,} of {run.total_tokens:,} ({run.state_path})")
+            return
+        if self.resume:
+            err.print("no stopped run of these settings here: starting afresh")
+        elif run.state_path.exists():
+            err.print(
+                f"a stopped run of these settings is in {run.state_path} and will be replaced; "
+                "stop now and add --resume to go on with it"
+            )
+        others = [p for p in run.output.parent.glob(f"{run.output.name}.*.partial") if p != run.state_path]
+        for other in others:
+            err.print(f"[dim]a stopped run of other settings is kept in {other}[/dim]")
+
+    def _stopped(self, run: Run) -> int:
+        run.save_state()
+        command = "locas " + " ".join(short(a) for a in sys.argv[1:])
+        command += "" if self.resume else " --resume"
+        err.print(
+            f"\nstopped at token {run.tokens:,} of {run.total_tokens:,}; nothing is lost. Go on with:\n  {command}"
+        )
+        if self.show.json:
+            print_json({"stopped": True, "tokens": run.tokens, "total_tokens": run.total_tokens})
+        return 130
+
+
+def memorize_defaults(args: list[str]) -> Memorize:
+    """The defaults that --preset names, so that other flags can change them.
+
+    Raises:
+        UserError: no such preset.
+    """
+    name = "default"
+    for i, arg in enumerate(args):
+        if arg == "--preset" and i + 1 < len(args):
+            name = args[i + 1]
+        elif arg.startswith("--preset="):
+            name = arg.partition("=")[2]
+    if name not in PRESETS:
+        raise UserError(f"--preset {name!r} is not one of {', '.join(get_args(Preset))}")
+    chosen = PRESETS[name]
+    missing: Any = tyro.MISSING
+    return Memorize(
+        text=TextOptions(paths=missing),
+        output=missing,
+        preset=cast(Preset, name),
+        initialise=chosen.init,
+        read=chosen.read,
+    )
+
+
+# -------------------------------------------------------------------- progress
+
+
+def drive(run: Run, save_every: float) -> bool:
+    """Runs to the end (True), or to the chunk in which the user asks to stop (False), showing where it stands."""
+    saved = time.monotonic()
+    with _stop_requests() as asked, _bar(run) as show:
+        for progress in run:
+            show(progress)
+            if asked():
+                return False
+            if time.monotonic() - saved >= save_every:
+                run.save_state()
+                saved = time.monotonic()
+    return True
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Any]:
+    """Turns the first Ctrl-C (or SIGTERM) into a request that is seen after the chunk; a second one breaks off."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        err.print("stopping after this chunk (once more to break off at once) ...")
+
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _bar(run: Run) -> Iterator[Any]:
+    """A live bar on a terminal, now and then a line elsewhere."""
+    if not err.is_terminal:
+        yield _Lines(run)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("reading", total=run.total_tokens, completed=run.tokens, figures="")
+        speed = _Speed(run.tokens)
+
+        def show(progress: RunProgress) -> None:
+            name = run.texts[progress.document].name
+            which = f"{progress.document + 1}/{len(run.texts)} " if len(run.texts) > 1 else ""
+            bar.update(
+                task,
+                description=which + (name if len(name) <= 24 else name[:23] + "…"),
+                completed=progress.tokens,
+                figures=f"{speed(progress.tokens):,.0f} tok/s  {_figures(progress)}",
+            )
+
+        yield show
+
+
+class _Lines:
+    """One line of progress for each tenth of the run, for logs."""
+
+    def __init__(self, run: Run) -> None:
+        self.total, self.speed = run.total_tokens, _Speed(run.tokens)
+        self.next = run.tokens + self.total / 10
+
+    def __call__(self, progress: RunProgress) -> None:
+        if progress.tokens < self.next and progress.tokens < self.total:
+            return
+        self.next = progress.tokens + self.total / 10
+        speed = self.speed(progress.tokens)
+        left = (self.total - progress.tokens) / speed if speed else 0.0
+        err.print(
+            f"{progress.tokens:,}/{self.total:,} tokens, {speed:,.0f} tok/s, {left:.0f} s left, {_figures(progress)}",
+            soft_wrap=True,
+        )
+
+
+class _Speed:
+    """Tokens a second since the start."""
+
+    def __init__(self, tokens: int) -> None:
+        self.first, self.began = tokens, time.monotonic()
+
+    def __call__(self, tokens: int) -> float:
+        return (tokens - self.first) / max(1e-9, time.monotonic() - self.began)
+
+
+def _figures(progress: RunProgress) -> str:
+    figures = f"ppl {progress.score.perplexity:.2f}"
+    if progress.baseline is not None:
+        plain = progress.baseline.perplexity
+        figures += f" (without memory {plain:.2f}, {percent(progress.score.perplexity, plain)})"
+    if progress.record.step_scale < 1:
+        figures += f"  step x{progress.record.step_scale:g}"
+    return figures

@@ -1,0 +1,83 @@
+"""`locas score`: how well a text is predicted, with and without a memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.progress import track
+
+from locas.backbone import Backbone
+from locas.cli.common import BackboneOptions, OutputOptions, TextOptions, comparison, err, out, print_json
+from locas.memory import Memory, load, read
+from locas.metrics import Score
+from locas.run import Text, figures, sum_scores
+from locas.stream import ReadSettings
+
+
+@dataclass(frozen=True)
+class ScoreText:
+    """Perplexity and bits per byte of texts; with --memory, with it and without it. Nothing is learnt.
+
+    locas score chapter.txt
+    locas score chapter.txt --memory book.safetensors --json
+    """
+
+    text: TextOptions
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A memory file made with this backbone."""
+    window: int | None = None
+    """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
+    chunk: int | None = None
+    """Tokens that are scored at once, each with at least window - chunk tokens before them (default: half)."""
+    show: OutputOptions = field(default_factory=OutputOptions)
+
+    def run(self) -> int:
+        documents = self.text.collect()
+        backbone = self.backbone.load()
+        memory = load(self.memory, backbone.model) if self.memory else None
+        texts = self.text.tokenize(documents, backbone)
+        settings = ReadSettings(
+            window=self.window, chunk=self.chunk, start_in_every_window=backbone.start_in_every_window
+        )
+        results = score_texts(backbone, memory, texts, settings)
+        if memory is not None:
+            results["baseline"] = score_texts(backbone, None, texts, settings)
+        if self.show.json:
+            print_json(results)
+        else:
+            out.print(comparison(results, "with memory" if memory else "without memory"))
+        return 0
+
+
+def score_texts(backbone: Backbone, memory: Memory | None, texts: list[Text], settings: ReadSettings) -> dict[str, Any]:
+    """Figures of texts read with a memory that does not change, or without one."""
+    began = time.perf_counter()
+    scores = []
+    what = "scoring with memory" if memory else "scoring"
+    for text in texts:
+        records = read(backbone.model, memory, text.ids, settings, start_id=backbone.start_id, learn=False)
+        _, chunk = settings.sizes(backbone.model)
+        chunks = -(-text.ids.numel() // chunk)
+        shown = track(records, f"{what} {text.name}", total=chunks, console=err, disable=not err.is_terminal)
+        scores.append(Score.of(torch.cat([r.nll for r in shown]), text.n_bytes))
+    seconds = time.perf_counter() - began
+    parameters = memory.n_parameters if memory else 0
+    result = figures(sum_scores(scores), parameters, backbone.n_parameters, seconds)
+    names = [text.name for text in texts]
+    result["documents"] = [
+        {
+            "name": n,
+            **{
+                k: v
+                for k, v in figures(s, 0, 0, 0).items()
+                if k in ("tokens", "bytes", "nll", "perplexity", "bits_per_byte")
+            },
+        }
+        for n, s in zip(names, scores, strict=True)
+    ]
+    return result

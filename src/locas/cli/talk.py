@@ -1,0 +1,237 @@
+"""`locas generate` and `locas chat`: let a backbone speak, with a memory or without."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from locas.backbone import Backbone
+from locas.cli.common import BackboneOptions, OutputOptions, UserError, err, out, print_json
+from locas.forward import device_of, trained_context
+from locas.initialise import InitSettings
+from locas.memory import Memory, create, load, read
+from locas.stream import ReadSettings
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 80
+    """Longest continuation, in tokens."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_p: float = 0.95
+    """Choose among the likeliest tokens that have this probability together."""
+    seed: int = 0
+    """Of the random choice."""
+
+    def check(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be 1 or more; got {self.max_new_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"--temperature is 0 or more and --top-p in (0, 1]; got {self.temperature} and {self.top_p}"
+            )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, with a memory or without.
+
+    locas generate "Call me" --memory moby.safetensors --compare
+    """
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """The text to continue; - reads it from standard input."""
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A memory file made with this backbone."""
+    compare: bool = False
+    """Also continue without the memory."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    show: OutputOptions = field(default_factory=OutputOptions)
+
+    def run(self) -> int:
+        self.sampling.check()
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        backbone = self.backbone.load()
+        memory = load(self.memory, backbone.model) if self.memory else None
+        ids = prompt_ids(backbone, prompt)
+        text = continuation(backbone, memory, ids, self.sampling)
+        plain = continuation(backbone, None, ids, self.sampling) if self.compare and memory else None
+        if self.show.json:
+            result = {"prompt": prompt, "text": text} | ({"baseline": {"text": plain}} if plain is not None else {})
+            print_json(result)
+            return 0
+        if plain is not None:
+            out.print("without memory:", style="bold")
+            out.print(prompt + plain, markup=False)
+            out.print("\nwith memory:", style="bold")
+        out.print(prompt + text, markup=False)
+        return 0
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk with the backbone; with --learn, what is said is written into the memory, and is there the next time.
+
+    One message a line; an empty line or Ctrl-D ends the conversation.
+
+        locas chat --memory me.safetensors --learn
+    """
+
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A memory file made with this backbone; with --learn it is created where it does not exist."""
+    learn: bool = False
+    """Write each exchange into the memory file."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    read: ReadSettings = field(default_factory=lambda: ReadSettings(chunk=32))
+    rank: int = 64
+    """Slots for each layer, where --learn creates the memory."""
+
+    def run(self) -> int:
+        self.sampling.check()
+        if self.learn and not self.memory:
+            raise UserError("--learn needs a file to write into: add --memory FILE")
+        backbone = self.backbone.load()
+        memory = None
+        if self.memory and (not self.learn or Path(self.memory).exists()):
+            memory = load(self.memory, backbone.model)
+        conversation = _Conversation(backbone, self.sampling)
+        for message in _messages():
+            prompt = conversation.prompt_with(message)
+            reply = conversation.answer(prompt, memory)
+            out.print(reply, markup=False)
+            spoken = conversation.hear(message, reply)
+            if self.learn:
+                memory = self._write(backbone, memory, conversation.ids, spoken)
+        return 0
+
+    def _write(self, backbone: Backbone, memory: Memory | None, ids: Tensor, first: int) -> Memory:
+        """Writes the tokens from `first` on into the memory, and the memory into its file."""
+        assert self.memory is not None
+        if memory is None:
+            settings = InitSettings(rank=self.rank)
+            memory = create(
+                backbone.model,
+                ids,
+                settings,
+                start_id=backbone.start_id,
+                name=backbone.name,
+                tokenizer_sha256=backbone.tokenizer_sha256,
+            )
+        for _ in read(
+            backbone.model, memory, ids, self.read, start_id=backbone.start_id, first_token=first, name="<chat>"
+        ):
+            pass
+        memory.save(self.memory)
+        return memory
+
+
+class _Conversation:
+    """The words of both sides, in the tokenizer's chat template, or as a plain script where it has none."""
+
+    def __init__(self, backbone: Backbone, sampling: SamplingOptions) -> None:
+        self.backbone, self.sampling = backbone, sampling
+        self.turns: list[dict[str, str]] = []
+        self.ids = torch.empty(0, dtype=torch.int64)
+
+    def _text(self, turns: list[dict[str, str]], *, to_continue: bool) -> str:
+        tokenizer = self.backbone.tokenizer
+        if tokenizer.chat_template:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=to_continue))
+        names = {"user": "You", "assistant": "Me"}
+        text = "".join(f"{names[t['role']]}: {t['content']}\n" for t in turns)
+        return text + ("Me:" if to_continue else "")
+
+    def prompt_with(self, message: str) -> Tensor:
+        turns = [*self.turns, {"role": "user", "content": message}]
+        return prompt_ids(self.backbone, self._text(turns, to_continue=True))
+
+    def answer(self, prompt: Tensor, memory: Memory | None) -> str:
+        stop = None if self.backbone.tokenizer.chat_template else ["\n"]
+        return continuation(self.backbone, memory, prompt, self.sampling, stop).strip()
+
+    def hear(self, message: str, reply: str) -> int:
+        """Adds an exchange; returns the first of its tokens in `ids`."""
+        self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+        old = self.ids
+        self.ids = prompt_ids(self.backbone, self._text(self.turns, to_continue=False))
+        same = min(old.numel(), self.ids.numel())
+        different = (old[:same] != self.ids[:same]).nonzero()
+        first = int(different[0]) if different.numel() else same
+        return min(first, self.ids.numel() - 1)
+
+
+def _messages() -> Any:
+    """Lines that the user types (or pipes), until an empty one or the end."""
+    while True:
+        try:
+            if sys.stdin.isatty():
+                err.print("> ", end="", style="bold")
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            return
+        if not line.strip():
+            return
+        yield line.strip()
+
+
+def prompt_ids(backbone: Backbone, text: str) -> Tensor:
+    """[n] token ids of a prompt, without special tokens."""
+    if not text.strip():
+        raise UserError("the prompt is empty; give some words to continue")
+    return backbone.encode(text)[0]
+
+
+@torch.no_grad()
+def continuation(
+    backbone: Backbone, memory: Memory | None, ids: Tensor, sampling: SamplingOptions, stop: list[str] | None = None
+) -> str:
+    """What the model says after `ids`; the oldest tokens are left out where the context is too short for all.
+
+    Raises:
+        UserError: the continuation alone does not fit into the trained context.
+    """
+    context = trained_context(backbone.model)
+    lead = [backbone.start_id] if backbone.start_id is not None else []
+    if context is not None:
+        room = context - sampling.max_new_tokens - len(lead)
+        if room < 1:
+            raise UserError(
+                f"--max-new-tokens {sampling.max_new_tokens} leaves no room for the prompt: this backbone was trained "
+                f"for {context} tokens; use {context // 2} or less"
+            )
+        lead = lead if backbone.start_in_every_window or ids.numel() <= room else []
+        ids = ids[-room:]
+    inputs = torch.cat([torch.tensor(lead, dtype=torch.int64), ids])[None].to(device_of(backbone.model))
+    torch.manual_seed(sampling.seed)
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if stop:
+        how |= {"stop_strings": stop, "tokenizer": backbone.tokenizer}
+    attached: AbstractContextManager[Any] = memory.attached(backbone.model) if memory else nullcontext()
+    pad = backbone.tokenizer.pad_token_id
+    pad = backbone.tokenizer.eos_token_id if pad is None else pad
+    with attached:
+        output = backbone.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            **how,
+        )
+    text = str(backbone.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))
+    for word in stop or []:
+        text = text.split(word)[0]
+    return text

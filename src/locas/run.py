@@ -1,0 +1,347 @@
+"""A resumable run: read texts one after another into one memory, and leave a file.
+
+    run = Run(backbone, texts, "book.safetensors", settings)
+    for progress in run:
+        ...
+    run.finish()
+
+A run that was stopped, in whatever way, goes on from its state file; the memory that it then leaves is bit for bit
+the one that it would have left undisturbed. The state file lies beside the output and is named after everything that
+the result depends on, so that a run never continues another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from locas._version import __version__
+from locas.backbone import Backbone
+from locas.initialise import InitSettings
+from locas.memory import Memory, create, load, record_reading
+from locas.metrics import Score
+from locas.sites import find_sites, fingerprint
+from locas.store import load_tensors, save_tensors
+from locas.stream import ChunkRecord, Reader, ReadSettings
+
+STATE_FORMAT = "locas-run"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenized text. ids: [n] int64; n_bytes: UTF-8 bytes that they cover; sha256: of the whole text."""
+
+    name: str
+    ids: Tensor
+    n_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that a run's result depends on, besides backbone and texts.
+
+    Attributes:
+        init: how the memory is made.
+        read: how texts are read.
+        layers: "all", "upper-half", or layer numbers such as "3,4,5" or "2-5".
+        init_tokens: tokens of the first text whose activations choose the basis; None: its first chunk. With more,
+            the choice sees text before it is scored, so the figures are no longer strictly online.
+        start_from: a memory file to go on with, in place of a fresh memory.
+        compare: also score every text without memory.
+    """
+
+    init: InitSettings = field(default_factory=InitSettings)
+    read: ReadSettings = field(default_factory=ReadSettings)
+    layers: str = "all"
+    init_tokens: int | None = None
+    start_from: str | None = None
+    compare: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a chunk.
+
+    Attributes:
+        document: index of the text.
+        record: what reading the chunk showed.
+        score: of this text so far, with memory.
+        baseline: of this text so far, without, where compared.
+        tokens: read in all texts so far, of `total_tokens`.
+    """
+
+    document: int
+    record: ChunkRecord
+    score: Score
+    baseline: Score | None
+    tokens: int
+
+
+class Run:
+    """Reads texts into a memory; see the module's text.
+
+    Args:
+        backbone: model and tokenizer.
+        texts: in reading order.
+        output: where the memory file goes.
+        settings: everything else that the result depends on.
+
+    Raises:
+        ValueError: settings that do not fit the backbone or one another.
+        OSError: the output's folder does not exist.
+    """
+
+    def __init__(self, backbone: Backbone, texts: Sequence[Text], output: str | Path, settings: RunSettings) -> None:
+        if settings.read.start_in_every_window is None:
+            read = replace(settings.read, start_in_every_window=backbone.start_in_every_window)
+            settings = replace(settings, read=read)
+        self.backbone, self.texts, self.output, self.settings = backbone, list(texts), Path(output), settings
+        if not self.output.parent.is_dir():
+            raise FileNotFoundError(f"the folder {self.output.parent} does not exist; create it, or choose another -o")
+        if self.output.is_dir():
+            raise ValueError(
+                f"{self.output} is a folder; give the name of the memory file, e.g. {self.output}/m.safetensors"
+            )
+        if not self.texts:
+            raise ValueError("there is no text to read")
+        self.memory = self._fresh_memory()
+        self.document = 0
+        self.seconds = 0.0
+        self.baseline_seconds = 0.0
+        self.losses = [torch.full((t.ids.numel(),), torch.nan) for t in self.texts]
+        self.baseline_losses = (
+            [torch.full_like(losses, torch.nan) for losses in self.losses] if settings.compare else []
+        )
+        self.undone = 0
+        self._reader: Reader | None = None
+        self._baseline: Reader | None = None
+        self.key = self._key()
+        self.state_path = self.output.with_name(f"{self.output.name}.{self.key[:8]}.partial")
+
+    def _fresh_memory(self) -> Memory:
+        settings, backbone = self.settings, self.backbone
+        _, chunk = settings.read.sizes(backbone.model)
+        if settings.start_from is not None:
+            memory = load(settings.start_from, backbone.model)
+            known = memory.provenance.tokenizer_sha256
+            if known is not None and known != backbone.tokenizer_sha256:
+                raise ValueError(f"{settings.start_from} was made with another tokenizer than that of {backbone.name}")
+            return memory
+        if settings.init_tokens is not None and settings.init_tokens < 1:
+            raise ValueError(f"init_tokens must be 1 or more; got {settings.init_tokens}")
+        return create(
+            backbone.model,
+            self.texts[0].ids[: settings.init_tokens or chunk],
+            settings.init,
+            layers=parse_layers(settings.layers, len(find_sites(backbone.model))),
+            start_id=backbone.start_id,
+            name=backbone.name,
+            tokenizer_sha256=backbone.tokenizer_sha256,
+        )
+
+    def _key(self) -> str:
+        start = self.settings.start_from
+        what = {
+            "library": __version__,
+            "settings": asdict(self.settings),
+            "start_from": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else None,
+            "texts": [[t.name, t.sha256, t.ids.numel()] for t in self.texts],
+            "backbone": fingerprint(self.backbone.model),
+            "dtype": str(next(self.backbone.model.parameters()).dtype),
+            "tokenizer": self.backbone.tokenizer_sha256,
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(t.ids.numel() for t in self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Read so far."""
+        here = self._reader.position if self._reader is not None else 0
+        done = sum(t.ids.numel() for t in self.texts[: self.document])
+        return done + (min(here, self.texts[self.document].ids.numel()) if self.document < len(self.texts) else 0)
+
+    def __iter__(self) -> Iterator[Progress]:
+        while self.document < len(self.texts):
+            if self._reader is None:
+                self._open()
+            assert self._reader is not None
+            while not self._reader.done:
+                yield self._next()
+            text = self.texts[self.document]
+            record_reading(self.memory, text.ids, self.settings.read, name=text.name, text_sha256=text.sha256)
+            self._reader = self._baseline = None
+            self.document += 1
+
+    def _open(self) -> None:
+        ids, start_id = self.texts[self.document].ids, self.backbone.start_id
+        self._reader = Reader(self.backbone.model, self.memory.bank, [ids], self.settings.read, start_id=start_id)
+        if self.settings.compare:
+            self._baseline = Reader(self.backbone.model, None, [ids], self.settings.read, start_id=start_id)
+
+    def _next(self) -> Progress:
+        assert self._reader is not None
+        baseline = None
+        if self._baseline is not None:
+            (plain,) = self._baseline.next_chunk()
+            assert plain is not None
+            self.baseline_losses[self.document][plain.start : plain.stop] = plain.nll
+            self.baseline_seconds += plain.seconds
+            baseline = self._score(self.baseline_losses[self.document])
+        (record,) = self._reader.next_chunk()
+        assert record is not None
+        self.losses[self.document][record.start : record.stop] = record.nll
+        self.seconds += record.seconds
+        self.undone += record.undone
+        return Progress(self.document, record, self._score(self.losses[self.document]), baseline, self.tokens)
+
+    def _score(self, losses: Tensor) -> Score:
+        return Score.of(losses, self.texts[self.document].n_bytes)
+
+    def finish(self) -> None:
+        """Writes the memory file, then removes the state file."""
+        self.memory.save(self.output)
+        self.state_path.unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------- stopping and going on
+
+    def save_state(self) -> None:
+        """Writes down everything that the rest of the run needs, atomically."""
+        tensors = {f"losses.{i}": losses for i, losses in enumerate(self.losses[: self.document + 1])}
+        tensors |= {f"baseline.{i}": losses for i, losses in enumerate(self.baseline_losses[: self.document + 1])}
+        if self._reader is not None:
+            tensors |= {f"reader.{name}": t for name, t in self._reader.state().items()}
+        else:
+            tensors |= {"reader.rows": self.memory.bank.rows, "reader.tau": self.memory.bank.tau}
+        manifest = {
+            "format": STATE_FORMAT,
+            "key": self.key,
+            "document": self.document,
+            "tokens": self.tokens,
+            "total_tokens": self.total_tokens,
+            "seconds": self.seconds,
+            "baseline_seconds": self.baseline_seconds,
+            "undone": self.undone,
+            "settings": asdict(self.settings),
+            "backbone": self.backbone.name,
+        }
+        save_tensors(self.state_path, tensors, manifest)
+
+    def resume(self) -> bool:
+        """Goes on from the state file, if there is one; says whether there was.
+
+        Raises:
+            ValueError: the state file is damaged; nothing was changed, and the message names the file.
+        """
+        if not self.state_path.exists():
+            return False
+        tensors, manifest = load_tensors(self.state_path, kind=STATE_FORMAT, may_be_nan=("losses.", "baseline."))
+        if manifest["key"] != self.key:
+            raise ValueError(f"{self.state_path} belongs to another run; move it away to start afresh")
+        self.document = int(manifest["document"])
+        self.seconds, self.baseline_seconds = float(manifest["seconds"]), float(manifest["baseline_seconds"])
+        self.undone = int(manifest["undone"])
+        for name, stored in (("losses", self.losses), ("baseline", self.baseline_losses)):
+            for i, losses in enumerate(stored):
+                if f"{name}.{i}" in tensors:
+                    losses.copy_(tensors[f"{name}.{i}"])
+        for text in self.texts[: self.document]:
+            record_reading(self.memory, text.ids, self.settings.read, name=text.name, text_sha256=text.sha256)
+        state = {k.removeprefix("reader."): t for k, t in tensors.items() if k.startswith("reader.")}
+        if "position" in state:
+            self._open()
+            assert self._reader is not None
+            self._reader.load_state(state)
+            if self._baseline is not None:
+                self._baseline.position = self._reader.position
+        else:
+            self.memory.bank.rows.copy_(state["rows"])
+            self.memory.bank.tau.copy_(state["tau"])
+        return True
+
+    # ---------------------------------------------------------------- results
+
+    def scores(self) -> list[Score]:
+        """Each text's score, with memory."""
+        return [Score.of(x, t.n_bytes) for x, t in zip(self.losses, self.texts, strict=True)]
+
+    def baseline_scores(self) -> list[Score]:
+        """Each text's score without memory; empty unless compared."""
+        return [
+            Score.of(x, t.n_bytes) for x, t in zip(self.baseline_losses, self.texts, strict=bool(self.baseline_losses))
+        ]
+
+    def results(self) -> dict[str, Any]:
+        """Figures of all texts together, and of each."""
+        result = figures(
+            sum_scores(self.scores()), self.memory.n_parameters, self.backbone.n_parameters, self.seconds
+        ) | {"documents": [{"name": t.name, **_brief(s)} for t, s in zip(self.texts, self.scores(), strict=True)]}
+        if self.settings.compare:
+            plain = self.baseline_scores()
+            baseline = figures(sum_scores(plain), 0, self.backbone.n_parameters, self.baseline_seconds)
+            documents = [{"name": t.name, **_brief(s)} for t, s in zip(self.texts, plain, strict=True)]
+            result["baseline"] = baseline | {"documents": documents}
+        return result
+
+
+def sum_scores(scores: Sequence[Score]) -> Score:
+    """The score of several texts taken as one."""
+    total = Score(0, 0, 0.0)
+    for score in scores:
+        total = total + score
+    return total
+
+
+def figures(score: Score, memory_parameters: int, backbone_parameters: int, seconds: float) -> dict[str, Any]:
+    """The figures that every command prints with --json; `nll` is the sum over all tokens, in nats."""
+    return _brief(score) | {
+        "memory_parameters": memory_parameters,
+        "backbone_parameters": backbone_parameters,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _brief(score: Score) -> dict[str, Any]:
+    return {
+        "tokens": score.tokens,
+        "bytes": score.n_bytes,
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
+
+
+def parse_layers(text: str, n_layers: int) -> list[int] | None:
+    """Layer numbers from "all" (None), "upper-half", or a list such as "0,3-5".
+
+    Raises:
+        ValueError: none of these, or a layer that the model does not have.
+    """
+    if text == "all":
+        return None
+    if text == "upper-half":
+        return list(range(n_layers // 2, n_layers))
+    layers: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers |= set(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise ValueError(
+            f'layers {text!r} are not understood; give "all", "upper-half", or numbers such as 0,3-5'
+        ) from error
+    if not layers or min(layers) < 0 or max(layers) >= n_layers:
+        raise ValueError(f"layers {text!r} do not fit this backbone, which has layers 0..{n_layers - 1}")
+    return sorted(layers)

@@ -1,0 +1,335 @@
+"""Write rules: against torch's AdamW, a plain Newton-Schulz and the SVD; undoing, isolation, resuming."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import fill, same_bytes
+from locas.bank import Bank
+from locas.write import Rule, Writer, WriteSettings, orthogonalise
+
+D_MODEL = 7
+RANKS = {0: 3, 2: 3, 3: 5, 5: 11}
+RULES: list[Rule] = ["muon", "adamw"]
+both = pytest.mark.parametrize("rule", RULES)
+
+
+def make(size: int = 1, dtype: torch.dtype = torch.float64, ranks: dict[int, int] = RANKS, seed: int = 0) -> Bank:
+    return fill(Bank("glu", "silu", D_MODEL, ranks, size=size, dtype=dtype), seed)
+
+
+def gradient(bank: Bank, seed: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return (scale * torch.randn(bank.rows.shape, generator=generator, dtype=torch.float64)).to(bank.rows.dtype)
+
+
+def live(writer: Writer) -> dict[str, Tensor]:
+    moments = {f"moment.{i}": moment for i, moment in enumerate(writer.moments)}
+    return {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, **moments}
+
+
+def copies(writer: Writer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in live(writer).items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], memory: Any = slice(None)) -> None:
+    for name, tensor in one.items():
+        assert same_bytes(tensor[memory], other[name][memory]), name
+
+
+def flags(*on: int) -> Tensor:
+    return torch.tensor(on, dtype=torch.bool)
+
+
+# -------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_adamw_is_torchs_without_decay_memory_by_memory(clip: bool) -> None:
+    settings = WriteSettings("adamw", lr=0.03, beta1=0.83, beta2=0.97, eps=1e-3, clip=clip)
+    bank = make(3)
+    writer = Writer(bank, settings)
+    ours, theirs = [], []
+    for i in range(3):
+        ours.append(bank.rows[i].clone().requires_grad_())
+        theirs.append(
+            torch.optim.AdamW([ours[i]], lr=0.03, betas=(0.83, 0.97), eps=1e-3, weight_decay=0.0, foreach=False)
+        )
+    for step in range(41):
+        grad = gradient(bank, step, scale=10.0 ** (step % 5 - 3))
+        active = flags(1, step % 3 > 0, step > 17)
+        assert not writer.write(grad, active).any()
+        for i in range(3):
+            if active[i]:
+                ours[i].grad = grad[i].clone()
+                theirs[i].step()
+                if clip:
+                    with torch.no_grad():
+                        ours[i] /= ours[i].norm(dim=-1, keepdim=True).clamp(min=1.0)
+    assert writer.counts.tolist() == [41, 27, 23]
+    for i in range(3):
+        torch.testing.assert_close(bank.rows[i], ours[i].detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_adamw_in_float32_corrects_its_bias_in_full_precision() -> None:
+    """1 - beta2 ** t, rounded to float32 before the subtraction, would be wrong in the fifth digit."""
+    settings = WriteSettings("adamw", lr=1.0, clip=False, eps=1e-30)
+    bank = make(dtype=torch.float32)
+    bank.rows.zero_()
+    Writer(bank, settings).write(gradient(bank, 0), flags(1))
+    torch.testing.assert_close(bank.rows.abs(), torch.ones_like(bank.rows), rtol=1e-6, atol=0)
+
+
+def plain_newton_schulz(x: Tensor) -> Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+@pytest.mark.parametrize("shape", [(3, 11), (11, 3), (5, 5), (1, 7), (7, 1)])
+@pytest.mark.parametrize("scale", [1e-150, 1e-9, 1.0, 1e9, 1e150])
+def test_orthogonalise_is_newton_schulz(shape: tuple[int, int], scale: float) -> None:
+    x = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = torch.stack([plain_newton_schulz(m) for m in x.flatten(0, 1)]).view_as(x)
+    torch.testing.assert_close(orthogonalise(scale * x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 13), (13, 5), (5, 5)])
+def test_orthogonalise_approaches_the_svds_rotation(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    u, _, vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    s = torch.tensor([1.0, 0.6, 0.3, 0.1, 0.03], dtype=torch.float64)
+    inner = u.T @ orthogonalise(u @ torch.diag(s) @ vt) @ vt.T  # diagonal: the same singular vectors
+    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-10)
+    assert inner.diagonal().min() > 0.65
+    assert inner.diagonal().max() < 1.25
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-25, 1e-20, 1e20, 1e30])
+def test_orthogonalise_knows_no_scale_in_float32(scale: float) -> None:
+    """Squares of such entries leave float32's range; a memory's momentum gets there when its gradients fade."""
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    tolerance = 1e-1 if scale < 1e-37 else 1e-4  # subnormal numbers have few digits
+    torch.testing.assert_close(orthogonalise(scale * x), orthogonalise(x), rtol=0, atol=tolerance)
+
+
+def test_orthogonalise_leaves_zero_and_its_neighbours_alone() -> None:
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1] = 0
+    x[2, 3] = 0
+    out = orthogonalise(x)
+    assert (out[1] == 0).all()
+    assert (out[2, 3] == 0).all()  # an empty slot stays empty
+    torch.testing.assert_close(out[0], orthogonalise(x[0]), rtol=1e-12, atol=1e-12)
+
+
+def test_muon_is_the_formula_matrix_by_matrix() -> None:
+    bank, settings = make(2), WriteSettings("muon", lr=0.07, momentum=0.6, clip=False)
+    writer, expected = Writer(bank, settings), bank.rows.clone()
+    velocity = torch.zeros_like(expected)
+    for step in range(5):
+        grad = gradient(bank, step)
+        velocity = 0.6 * velocity + grad
+        ahead = bank.like(grad + 0.6 * velocity, bank.tau)
+        moved = bank.like(torch.zeros_like(grad), bank.tau)
+        for layer, rank in RANKS.items():
+            stretch = max(1.0, rank / D_MODEL) ** 0.5
+            source, target = ahead.slots(layer), moved.slots(layer)
+            for part, out in ((source.k, target.k), (source.g, target.g), (source.v, target.v)):
+                assert part is not None
+                assert out is not None
+                for i in range(2):
+                    out[i] = 0.07 * stretch * plain_newton_schulz(part[i])
+        expected -= moved.rows
+        writer.write(grad, flags(1, 1))
+    torch.testing.assert_close(bank.rows, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [2, 7, 23])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_muon_moves_rows_by_about_lr(rank: int, scale: float) -> None:
+    bank = make(ranks={0: rank, 1: rank})
+    before = bank.rows.clone()
+    Writer(bank, WriteSettings("muon", lr=0.01, clip=False)).write(gradient(bank, 0, scale), flags(1))
+    moved = (bank.rows - before).norm(dim=-1)
+    # Newton-Schulz brings singular values to 0.7 .. 1.2; rows of a tall matrix are that long on average only.
+    mean = moved.square().mean().sqrt() / 0.01
+    assert 0.65 < mean < 1.25
+    if rank <= D_MODEL:
+        assert 0.65 * 0.01 < moved.min()
+        assert moved.max() < 1.25 * 0.01
+
+
+@both
+def test_a_step_goes_against_the_gradient_and_clips(rule: Rule) -> None:
+    bank = make()
+    bank.rows.div_(bank.rows.norm(dim=-1, keepdim=True))
+    loose = bank.clone()
+    grad = -loose.rows  # away from zero: every row gets longer
+    before = bank.rows.clone()
+    Writer(bank, WriteSettings(rule, lr=0.5)).write(grad, flags(1))
+    Writer(loose, WriteSettings(rule, lr=0.5, clip=False)).write(grad, flags(1))
+    assert ((loose.rows - before) * grad).sum() < 0
+    assert loose.rows.norm(dim=-1).max() > 1
+    assert bank.rows.norm(dim=-1).max() <= 1 + 1e-12
+    loose.clip_rows()
+    assert same_bytes(loose.rows, bank.rows)
+
+
+# -------------------------------------------------------------------- isolation and undoing
+
+
+@both
+def test_memories_of_a_bank_never_leak_into_one_another(rule: Rule) -> None:
+    bank = make(3)
+    alone = [bank.select(i) for i in range(3)]
+    settings = WriteSettings(rule, lr=0.2)
+    together, each = Writer(bank, settings), [Writer(one, settings) for one in alone]
+    for step in range(11):
+        grad = gradient(bank, step)
+        active = flags(1, step % 2, step > 4)
+        if step == 6:
+            grad[2, 5, 1] = torch.nan
+        failed = together.write(grad, active)
+        assert failed.tolist() == [False, False, step == 6]
+        for i in range(3):
+            assert each[i].write(grad[i : i + 1], active[i : i + 1]).tolist() == [bool(failed[i])]
+    for i in range(3):
+        for name, tensor in live(each[i]).items():
+            torch.testing.assert_close(live(together)[name][i : i + 1], tensor, rtol=1e-12, atol=1e-13)
+    assert together.scale.tolist() == [1.0, 1.0, 0.5]
+
+
+@both
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(rule: Rule, poison: float) -> None:
+    bank = make(3)
+    writer = Writer(bank, WriteSettings(rule))
+    writer.write(gradient(bank, 0), flags(1, 1, 1))
+    before = copies(writer)
+    grad = gradient(bank, 1)
+    grad[1, 17, 3] = poison
+    grad[2, 0, 0] = poison
+    assert writer.write(grad, flags(1, 1, 0)).tolist() == [False, True, False]
+    after = copies(writer)
+    assert after.pop("scale").tolist() == [1.0, 0.5, 1.0]
+    assert_same(after, before, 1)
+    assert_same(after, before, 2)
+    assert not torch.equal(after["rows"][0], before["rows"][0])
+    # The next step of the memory that failed is half as long.
+    before = copies(writer)
+    writer.write(grad := gradient(bank, 2), flags(0, 1, 1))
+    full = Writer(bank.like(before["rows"], bank.tau), WriteSettings(rule, clip=False))
+    full.load_state({k: v for k, v in before.items() if k != "rows"} | {"scale": torch.ones(3, dtype=torch.float64)})
+    full.write(grad, flags(1, 1, 1))
+    half = before["rows"] + 0.5 * (full.bank.rows - before["rows"])
+    half = half / half.norm(dim=-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(bank.rows[1], half[1], rtol=1e-12, atol=1e-13)
+
+
+def test_a_result_that_is_not_finite_is_undone() -> None:
+    bank = make(2)
+    writer = Writer(bank, WriteSettings("adamw", lr=1e308, clip=False))
+    bank.rows[1] = -1.7e308
+    before = copies(writer)
+    grad = torch.ones_like(bank.rows)
+    assert writer.write(grad, flags(1, 1)).tolist() == [False, True]
+    assert_same({k: v for k, v in copies(writer).items() if k != "scale"}, before, 1)
+
+
+@both
+def test_undo_takes_the_last_write_back_bit_for_bit(rule: Rule) -> None:
+    bank = make(3)
+    writer = Writer(bank, WriteSettings(rule))
+    writer.write(gradient(bank, 0), flags(1, 1, 1))
+    before = copies(writer)
+    writer.write(gradient(bank, 1), flags(1, 1, 0))
+    written = copies(writer)
+    writer.undo(flags(1, 0, 0))
+    after = copies(writer)
+    assert after.pop("scale").tolist() == [0.5, 1.0, 1.0]
+    assert_same(after, before, 0)
+    assert_same(after, written, 1)
+    writer.undo(flags(1, 0, 0))  # there is nothing more to take back
+    assert_same({k: v for k, v in copies(writer).items() if k != "scale"}, before, 0)
+    assert writer.scale.tolist() == [0.25, 1.0, 1.0]
+
+
+@both
+def test_undo_takes_back_the_last_write_that_happened(rule: Rule) -> None:
+    """Not the attempts after it: those that failed, and those that other memories made."""
+    bank = make(2)
+    writer = Writer(bank, WriteSettings(rule))
+    writer.write(gradient(bank, 0), flags(1, 1))
+    before = copies(writer)
+    writer.write(gradient(bank, 1), flags(1, 1))
+    failing = gradient(bank, 2)
+    failing[0] = torch.nan
+    writer.write(failing, flags(1, 0))
+    writer.undo(flags(1, 1))
+    assert_same({k: v for k, v in copies(writer).items() if k != "scale"}, before)
+
+
+def test_undo_before_any_write_only_halves() -> None:
+    bank = make(2)
+    writer = Writer(bank, WriteSettings())
+    before = bank.rows.clone()
+    writer.undo(flags(0, 1))
+    assert same_bytes(bank.rows, before)
+    assert writer.scale.tolist() == [1.0, 0.5]
+
+
+# -------------------------------------------------------------------- resuming
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_state_round_trip_goes_on_bit_for_bit(rule: Rule, dtype: torch.dtype, stop: int) -> None:
+    settings = WriteSettings(rule, lr=0.1)
+    bank = make(2, dtype)
+    writer = Writer(bank, settings)
+    for step in range(stop):
+        grad = gradient(bank, step)
+        grad[1] = torch.nan if step == 2 else grad[1]
+        writer.write(grad, flags(1, 1))
+    twin = Writer(bank.clone(), settings)
+    twin.write(gradient(bank, 77), flags(1, 1))  # whatever it did before is forgotten
+    twin.bank.rows.copy_(bank.rows)
+    twin.load_state({name: tensor.clone() for name, tensor in writer.state().items()})
+    for one in (writer, twin):
+        one.undo(flags(1, 0))
+        for step in range(9, 12):
+            one.write(gradient(bank, step), flags(1, step % 2))
+    assert_same(live(writer), live(twin))
+    assert set(writer.state()) == set(twin.state())
+
+
+# -------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "sgd"}, "write rule 'sgd' is not one of muon, adamw"),
+        ({"lr": 0.0}, "lr must be a positive number; got 0.0"),
+        ({"lr": -1.0}, "lr must be a positive number; got -1.0"),
+        ({"lr": float("nan")}, "lr must be a positive number; got nan"),
+        ({"lr": float("inf")}, "lr must be a positive number; got inf"),
+        ({"momentum": 1.0}, "momentum must be in [0, 1); got 1.0"),
+        ({"beta1": -0.1}, "beta1 must be in [0, 1); got -0.1"),
+        ({"beta2": float("nan")}, "beta2 must be in [0, 1); got nan"),
+        ({"eps": 0.0}, "eps must be positive; got 0.0"),
+    ],
+)
+def test_errors_of_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        WriteSettings(**arguments)
