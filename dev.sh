@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The one command of this repository: sets up a virtual environment where there is none, then does what it is told.
+#   ./dev.sh demo [ARGS]      read the Python language reference into a memory and show that it knows it
+#   ./dev.sh locas ARGS       the command line
+#   ./dev.sh test             lint, types, every test, build
+#   ./dev.sh fast [ARGS]      unit tests only
+#   ./dev.sh lint             formatting, lint, types
+# LOCAS_VENV says where the environment is (default: .venv here), PYTHON which Python makes it.
+set -euo pipefail
+cd "$(dirname "$0")"
+venv="${LOCAS_VENV:-.venv}"
+python="$venv/bin/python"
+
+setup() {
+    local stamp="$venv/.locas-stamp"
+    if [[ -x "$python" && -f "$stamp" && ! constraints.txt -nt "$stamp" && ! pyproject.toml -nt "$stamp" ]]; then
+        return
+    fi
+    echo "setting up $venv ..." >&2
+    "${PYTHON:-python3}" -m venv "$venv"
+    "$python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]" >&2
+    touch "$stamp"
+}
+
+lint() {
+    "$python" -m ruff format --check src tests recipes
+    "$python" -m ruff check src tests recipes
+    "$python" -m mypy
+}
+
+build() {
+    local out
+    out="$(mktemp -d)"
+    "$python" -m build --no-isolation --outdir "$out" . >/dev/null
+    ls -l "$out"
+    rm -r "$out"
+}
+
+task="${1:-help}"
+[[ $# -gt 0 ]] && shift
+case "$task" in
+    demo) setup; exec "$venv/bin/locas" demo "$@" ;;
+    locas) setup; exec "$venv/bin/locas" "$@" ;;
+    fast) setup; exec "$python" -m pytest tests/unit "$@" ;;
+    lint) setup; lint ;;
+    test) setup; lint; "$python" -m pytest "$@"; build ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [[ "$task" == help ]] || exit 2 ;;
+esac

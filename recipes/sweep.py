@@ -1,0 +1,221 @@
+"""Choose settings on the development books: read each book with each setting of a grid, beside truncated reading.
+
+    python recipes/sweep.py ../shared/data/books/dev --grid scale --books 5962,26239 --max-tokens 30000
+    python recipes/sweep.py ../shared/data/books/dev --grid whole            # every book, to its end
+    python recipes/sweep.py --table                                          # what has been measured so far
+
+Results go to one JSON file, a row for each (grid entry, book); what is already there is not run again, so a sweep can
+be stopped and gone on with at any time. The text is stripped of Project Gutenberg's wrapping and reflowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import locas
+from locas.backbone import Backbone
+from locas.store import write_atomically
+from locas.text import collect
+
+INIT, READ, WRITE = locas.InitSettings, locas.ReadSettings, locas.WriteSettings
+PAPER = WRITE(rule="adamw", lr=4e-3)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting of a grid; None as `init` is truncated reading."""
+
+    name: str
+    init: locas.InitSettings | None = field(default_factory=INIT)
+    read: locas.ReadSettings = field(default_factory=READ)
+    layers: tuple[int, ...] | None = None
+
+
+def grids() -> dict[str, list[Entry]]:
+    """Every grid, by name."""
+    scale = [
+        Entry(f"rank {rank}, tau {per_slot:g} a slot, lr {lr:g}", INIT(rank=rank, tau_scale=per_slot * rank), _muon(lr))
+        for rank, choices in (
+            (2, ((4.0, 0.1), (16.0, 0.1), (16.0, 0.05), (4.0, 0.2), (64.0, 0.05))),
+            (64, ((2.0, 0.1), (2.0, 0.2), (4.0, 0.05), (4.0, 0.1), (4.0, 0.2))),
+            (16, ((4.0, 0.1), (4.0, 0.2), (8.0, 0.1))),
+        )
+        for per_slot, lr in choices
+    ]
+    return {
+        "scale": scale,
+        "momentum": [
+            Entry(f"momentum {m:g}, lr {lr:g}", INIT(tau_scale=256.0), READ(write=WRITE(momentum=m, lr=lr)))
+            for m in (0.0, 0.5, 0.7, 0.8, 0.9)
+            for lr in (0.05, 0.1)
+        ],
+        "chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (64, 128, 256)],
+        "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
+        "start": [Entry("start token in every window", read=READ(start_in_every_window=True))],
+        "init": [
+            Entry(f"{name}, rank {rank}", INIT(rank=rank, init=name))  # type: ignore[arg-type]
+            for rank in (64, 8)
+            for name in ("top-k", "bottom-k", "random-rows", "gaussian", "activation")
+        ],
+        "adamw": [
+            Entry(f"adamw lr {lr:g}", read=READ(write=WRITE(rule="adamw", lr=lr))) for lr in (4e-3, 8e-3, 1.6e-2)
+        ],
+        "paper": [Entry("paper", INIT(tau_scale=1.0), READ(write=PAPER))],
+        "mlp": [
+            Entry(f"mlp, {init}, tau {s:g} a slot, fill {e:g}", _mlp(init, s), READ(fill_eps=e))
+            for init, eps in (("step-wise", (0.01, 0.1, 1.0)), ("activation", (1.0,)))
+            for s in (1.0, 4.0)
+            for e in eps
+        ],
+        "layers": [Entry("upper half", layers=(3, 4, 5))],
+        "whole": [Entry("default"), Entry("rank 2", INIT(rank=2))],
+    }
+
+
+def _muon(lr: float) -> locas.ReadSettings:
+    return READ(write=WRITE(lr=lr))
+
+
+def _mlp(init: str, per_slot: float) -> locas.InitSettings:
+    return INIT(variant="mlp", init=init, tau_scale=per_slot * 64)  # type: ignore[arg-type]
+
+
+def loss(backbone: Backbone, ids: torch.Tensor, entry: Entry) -> tuple[float, float, int]:
+    """(sum of the tokens' losses in nats, seconds, memory parameters) of one reading."""
+    began = time.perf_counter()
+    model, start_id = backbone.model, backbone.start_id
+    read = entry.read
+    if read.start_in_every_window is None:
+        read = READ(**(_shallow(read) | {"start_in_every_window": backbone.start_in_every_window}))
+    memory = None
+    if entry.init is not None:
+        first = ids[: read.sizes(model)[1]]
+        layers = None if entry.layers is None else list(entry.layers)
+        memory = locas.create(model, first, entry.init, layers=layers, start_id=start_id)
+    records = locas.read(model, memory, ids, read, start_id=start_id)
+    nll = torch.cat([record.nll for record in records]).double()
+    return float(nll.nansum()), time.perf_counter() - began, memory.n_parameters if memory else 0
+
+
+def _shallow(settings: Any) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def rows(
+    backbone: Backbone, book: Path, entries: list[Entry], max_tokens: int | None, known: set[str]
+) -> Iterator[dict[str, Any]]:
+    """What is not yet known of one book."""
+    (document,) = collect([book], gutenberg=True, reflow=True)
+    ids, n_bytes = backbone.encode(document.text, max_tokens)
+    for entry in entries:
+        what = {"book": book.stem, "tokens": ids.numel(), "bytes": n_bytes, "settings": asdict(entry)}
+        if _key(what) in known:
+            continue
+        nll, seconds, parameters = loss(backbone, ids, entry)
+        yield what | {"nll": nll, "seconds": round(seconds, 1), "parameters": parameters}
+
+
+def _key(row: dict[str, Any]) -> str:
+    settings = {k: v for k, v in row["settings"].items() if k != "name"}
+    return json.dumps([row["book"], row["tokens"], settings], sort_keys=True)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Perplexity change against truncated reading, a line for each setting, a column for each book."""
+    plain = {}
+    for row in results:
+        if row["settings"]["init"] is None:
+            plain[row["book"], row["tokens"], _sizes(row)] = row["nll"]
+    lines: dict[tuple[str, str], dict[str, float]] = {}
+    for row in results:
+        base = plain.get((row["book"], row["tokens"], _sizes(row)))
+        if base is None or row["settings"]["init"] is None:
+            continue
+        kind = "whole" if row["whole"] else f"{row['tokens']:,}"
+        change = 100 * (math.exp((row["nll"] - base) / row["tokens"]) - 1)
+        lines.setdefault((kind, row["settings"]["name"]), {})[row["book"]] = change
+    out = []
+    for (kind, name), changes in lines.items():
+        cells = "  ".join(f"{book} {change:+.2f}%" for book, change in sorted(changes.items()))
+        out.append(f"{kind:>7}  {name:<44} mean {sum(changes.values()) / len(changes):+.2f}%   {cells}")
+    return "\n".join(out)
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    return json.dumps([row["settings"]["read"][k] for k in ("window", "chunk", "start_in_every_window")])
+
+
+def main() -> int:
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="folder with the development books")
+    parser.add_argument("--grid", choices=sorted(grids()), action="append", help="which settings (may be repeated)")
+    parser.add_argument("--books", help="only these, by file stem, with commas between")
+    parser.add_argument("--max-tokens", type=int, help="read so many of each book's first tokens (default: all)")
+    parser.add_argument("--model", help="backbone (default: the built-in one)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/sweep.json"))
+    parser.add_argument("--table", action="store_true", help="print what has been measured, and stop")
+    args = parser.parse_args()
+    report = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
+    if args.table or args.folder is None:
+        print(table(report["results"]))
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    backbone = locas.load_backbone(args.model)
+    books = sorted(args.folder.glob("*.txt"))
+    books = [b for b in books if not args.books or b.stem in args.books.split(",")]
+    for name in args.grid or []:
+        entries = grids()[name]
+        plain = {json.dumps(asdict(e.read), sort_keys=True, default=str): e.read for e in entries}
+        sizes = {(r.window, r.chunk, r.start_in_every_window): r for r in plain.values()}
+        baselines = [
+            Entry("truncated reading", None, READ(window=w, chunk=c, start_in_every_window=s)) for w, c, s in sizes
+        ]
+        for book in books:
+            known = {_key(row) for row in report["results"]}
+            for row in rows(backbone, book, baselines + entries, args.max_tokens, known):
+                report["results"].append(row | {"grid": name, "whole": args.max_tokens is None})
+                report |= _environment(backbone)
+                write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
+                what = f"{name:>9}  {row['book']:>6}  {row['settings']['name']:<44}"
+                print(f"{what} {row['nll'] / row['tokens']:.4f} nats  {row['seconds']:.0f} s", flush=True)
+    print(table(report["results"]))
+    return 0
+
+
+def _environment(backbone: Backbone) -> dict[str, Any]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip() or None,
+        "seeds": [0],
+        "versions": {
+            "locas": locas.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "settings": {"backbone": backbone.name, "dtype": str(next(backbone.model.parameters()).dtype)},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
