@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from locas.bank import Bank, spread
-from locas.sites import Site, find_sites
+from locas.sites import Site, decoder_of, find_sites
 
 
 class Attachment:
@@ -63,8 +63,9 @@ def attach(model: nn.Module, bank: Bank, index: Tensor | Sequence[int] | None = 
     if index is not None:
         check_index(torch.as_tensor(index), bank)
     attachment = Attachment(bank, index, [])
+    layers = decoder_of(model)
     for layer, site in sites.items():
-        attachment._handles += _hook(attachment, layer, site)
+        attachment._handles += _hook(attachment, layer, site, layers[layer])
     _forget_compiled_code()
     return attachment
 
@@ -105,25 +106,31 @@ def check_index(index: Tensor, bank: Bank) -> None:
         )
 
 
-def _hook(attachment: Attachment, layer: int, site: Site) -> list[RemovableHandle]:
+def _hook(attachment: Attachment, layer: int, site: Site, block: nn.Module) -> list[RemovableHandle]:
     """Adds the hooks of one layer. Where the FFN has no module of its own (OPT), its first and last matrix
-    stand for its entry and exit, and the input is carried from one to the other."""
+    stand for its entry and exit, and the input is carried from one to the other; they see [batch * seq, d], so the
+    batch is noted where the decoder layer, `block`, begins."""
     if site.entry is site.exit:
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return _add(attachment, layer, first_input(args, kwargs), output)
+            return _add(attachment, layer, first_input(args, kwargs), output, batch=None)
 
         return [site.exit.register_forward_hook(add, with_kwargs=True)]
 
     carried: list[Tensor] = []
+    batch: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch[:] = [first_input(args, kwargs).shape[0]]
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         carried[:] = [first_input(args, kwargs)]
 
     def add_carried(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _add(attachment, layer, carried.pop(), output)
+        return _add(attachment, layer, carried.pop(), output, batch[0])
 
     return [
+        block.register_forward_pre_hook(count, with_kwargs=True),
         site.entry.register_forward_pre_hook(remember, with_kwargs=True),
         site.exit.register_forward_hook(add_carried),
     ]
@@ -134,17 +141,17 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _add(attachment: Attachment, layer: int, a: Tensor, output: Any) -> Any:
+def _add(attachment: Attachment, layer: int, a: Tensor, output: Any, batch: int | None) -> Any:
     """The FFN block's output with the memory's added; extra outputs (router logits) pass through."""
     main, *rest = output if isinstance(output, tuple) else (output,)
     bank, index = attachment.bank, attachment.index
     if a.ndim == 2 and (index is not None or bank.size > 1):
         # Some layers flatten [batch, seq, d]; rows of the batch are then equal stretches.
-        rows = bank.size if index is None else index.shape[0]
+        rows = batch or (bank.size if index is None else index.shape[0])
         added = bank.read(layer, a.unflatten(0, (rows, -1)), index).flatten(0, 1)
     else:
         added = bank.read(layer, a, index)
-    main = main + added.to(main.device)
+    main = main + added.to(main.device, main.dtype)
     return (main, *rest) if isinstance(output, tuple) else main
 
 

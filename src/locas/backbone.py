@@ -54,13 +54,15 @@ class Backbone:
             [n] int64 ids, and the bytes.
 
         Raises:
-            ValueError: nothing is left of the text.
+            ValueError: the text has no tokens, or max_tokens is below 1.
         """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be 1 or more; got {max_tokens}")
         fast = bool(getattr(self.tokenizer, "is_fast", False))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         ids = torch.tensor(encoded["input_ids"][:max_tokens], dtype=torch.int64)
         if ids.numel() == 0:
-            raise ValueError("the text has no tokens: it is empty, or max_tokens is 0")
+            raise ValueError("the text has no tokens: it is empty, or blank")
         if ids.numel() == len(encoded["input_ids"]):
             return ids, len(text.encode())
         if not fast:
@@ -83,7 +85,7 @@ def load_backbone(name: str | None = None, *, dtype: Dtype = "auto", device: str
             accelerate).
 
     Raises:
-        ValueError: no such model, no tokenizer, or a device that is not there.
+        ValueError: no such model, no tokenizer, a damaged or incomplete checkpoint, or a device that is not there.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,12 +98,17 @@ def load_backbone(name: str | None = None, *, dtype: Dtype = "auto", device: str
     placed: dict[str, Any] = {"device_map": "auto"} if device == "spread" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, chosen), **placed)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        model: nn.Module
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, chosen), output_loading_info=True, **placed
+        )
+        if info["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"its weights are incomplete: {sorted(info['missing_keys'])[0]} is missing")
+    except Exception as error:  # transformers and what it calls raise nearly everything
+        first = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
         raise ValueError(
-            f"the model {name!r} could not be loaded: {first} Give a folder with config.json, weights and tokenizer, a "
-            f"name on the Hugging Face hub, or one of the built-in backbones: {', '.join(built_in())}."
+            f"the model {name!r} could not be loaded: {first}. Give a folder with config.json, weights and tokenizer, "
+            f"a name on the Hugging Face hub, or one of the built-in backbones: {', '.join(built_in())}."
         ) from error
     if device != "spread":
         model.to(where)
@@ -117,8 +124,14 @@ def _device(device: str) -> torch.device:
         where = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"{device!r} is not a device; use auto, cpu, cuda, cuda:1 or spread") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; use --device cpu (or leave --device out)")
+    try:
+        if where.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError
+        torch.zeros(1).to(where).cpu()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError, for "meta", is a RuntimeError
+        raise ValueError(
+            f"there is no {device.upper()} device here; use --device cpu (or leave --device out)"
+        ) from error
     return where
 
 
@@ -134,7 +147,7 @@ def start_token(tokenizer: Any) -> tuple[int | None, bool]:
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 of a tokenizer's definition: what it does to a text depends on nothing else."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    definition = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    definition = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
     for passing in ("truncation", "padding"):  # state of the last call, not part of the tokenizer
         definition.pop(passing, None)
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()

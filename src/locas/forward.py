@@ -10,8 +10,9 @@ has a graph, so a write costs one backward pass over the chunk, not over the win
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,14 +24,18 @@ IGNORED = -100  # a target that is not scored, as in torch's cross-entropy
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with no parameter trainable; both are put back afterwards."""
+    """The model in evaluation mode, with no parameter trainable and not compiled; all is put back afterwards.
+
+    Not compiled, because compiled code does not see the hooks that come and go while a text is read.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
-        yield
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

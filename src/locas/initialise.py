@@ -28,6 +28,7 @@ from locas.forward import IGNORED, call, chunk_logits, device_of, frozen, token_
 from locas.sites import Site, find_sites
 
 Strategy = Literal["top-k", "bottom-k", "random-rows", "gaussian", "activation", "step-wise"]
+TAU_PER_SLOT = 4.0  # chosen on the development books, see LOG.md
 CLONING = ("top-k", "bottom-k", "random-rows")
 
 
@@ -39,7 +40,8 @@ class InitSettings:
         rank: slots for each layer.
         variant: "auto": gated (glu) beside a gated FFN, else mlp.
         init: strategy; "auto": top-k for glu, step-wise for mlp.
-        tau_scale: multiplies the output scale tau = mean_j ||v_j|| / rank; the paper's is 1.
+        tau_scale: the output scale is tau = tau_scale / rank * mean_j ||v_j||; the paper's is 1. None:
+            `TAU_PER_SLOT` * rank, so that a slot adds as much whatever the rank.
         activation: "auto": the backbone FFN's own, so that merging is exact; or a name, e.g. "relu".
         seed: of the random strategies.
     """
@@ -47,7 +49,7 @@ class InitSettings:
     rank: int = 64
     variant: Literal["auto"] | Variant = "auto"
     init: Literal["auto"] | Strategy = "auto"
-    tau_scale: float = 256.0
+    tau_scale: float | None = None
     activation: str = "auto"
     seed: int = 0
 
@@ -58,7 +60,7 @@ class InitSettings:
             raise ValueError(f"variant {self.variant!r} is not one of auto, {', '.join(get_args(Variant))}")
         if self.init not in ("auto", *get_args(Strategy)):
             raise ValueError(f"initialisation {self.init!r} is not one of auto, {', '.join(get_args(Strategy))}")
-        if not self.tau_scale > 0:
+        if self.tau_scale is not None and not self.tau_scale > 0:
             raise ValueError(f"tau_scale must be positive; got {self.tau_scale}")
         if self.variant == "glu" and self.init == "step-wise":
             raise ValueError(
@@ -155,11 +157,11 @@ def _check_source(strategy: str, ranks: Mapping[int, int], sites: dict[int, Site
 
 
 @torch.no_grad()
-def _set_tau(bank: Bank, sites: dict[int, Site], scale: float) -> None:
-    """tau = (1/r) mean_j ||W_down[:, j]||, times `scale` (arXiv:2602.05085 sec. 4 has scale 1)."""
+def _set_tau(bank: Bank, sites: dict[int, Site], scale: float | None) -> None:
+    """tau = (scale / r) mean_j ||W_down[:, j]|| (arXiv:2602.05085 sec. 4 has scale 1; see `InitSettings`)."""
     for i, (layer, rank) in enumerate(bank.ranks.items()):
         norms = sites[layer].down_rows().to(torch.float32 if bank.rows.dtype != torch.float64 else torch.float64)
-        bank.tau[:, i] = norms.norm(dim=-1).mean().to(bank.device) * (scale / rank)
+        bank.tau[:, i] = norms.norm(dim=-1).mean().to(bank.device) * (TAU_PER_SLOT if scale is None else scale / rank)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -355,9 +357,9 @@ def stepwise_rows(
 
 
 def empty_slots(bank: Bank) -> Tensor:
-    """[bank] how many slots of each memory are still empty in every layer (zero key)."""
+    """[bank] how many slots of each memory are still empty (zero key), in the layer that has most room."""
     counts = [(bank.slots(layer).k == 0).all(dim=-1).sum(dim=-1) for layer in bank.layers]
-    return torch.stack(counts).amin(dim=0)
+    return torch.stack(counts).amax(dim=0)
 
 
 @torch.no_grad()

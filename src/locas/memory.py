@@ -123,7 +123,7 @@ class Memory:
             ValueError: the memory holds NaN or infinite numbers; nothing was written.
             OSError: the folder does not exist or cannot be written; an old file is untouched.
         """
-        if not bool(self.bank.rows.isfinite().all()):
+        if not bool(self.bank.rows.isfinite().all() and self.bank.tau.isfinite().all()):
             raise ValueError("this memory holds NaN or infinite numbers and was not saved")
         save_tensors(path, self.tensors(), self.manifest())
 
@@ -288,13 +288,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> Memory:
 
 def _from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> tuple[Bank, Provenance]:
     version = manifest.get("version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has memory format {version!r}; this locas ({__version__}) reads {FORMAT_VERSION}. "
             "Update locas, or make the memory again. Nothing was loaded."
         )
     try:
-        ranks = {int(layer): _whole(rank) for layer, rank in manifest["ranks"].items()}
+        ranks = {_layer(name): _whole(rank) for name, rank in manifest["ranks"].items()}
         expected = _expected_shapes(manifest["variant"], ranks, _whole(manifest["d_model"]))
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if found != expected:
@@ -303,19 +303,21 @@ def _from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[
             raise ValueError(f"tensor {name!r} should be {expected.get(name)} and is {found.get(name)}")
         dtype = tensor_dtype(tensors, path)
         bank = Bank(manifest["variant"], manifest["activation"], manifest["d_model"], ranks, dtype=dtype)
-        tau = {int(layer): float(t) for layer, t in manifest["tau"].items()}
-        bank.tau[0] = torch.tensor([tau[layer] for layer in bank.layers], dtype=dtype)
+        tau = {_layer(name): _number(t) for name, t in manifest["tau"].items()}
+        if tau.keys() != ranks.keys():
+            raise ValueError(f"tau is given for layers {sorted(tau)}, ranks for {sorted(ranks)}")
+        bank.tau[0] = torch.tensor([tau[layer] for layer in bank.layers], dtype=torch.float64)
         if not bool(bank.tau.isfinite().all()):
             raise ValueError("tau is not finite")
         provenance = Provenance(
             backbone=_text(manifest["backbone"]),
             backbone_fingerprint=_text(manifest["backbone_fingerprint"]),
-            tokenizer_sha256=manifest["tokenizer_sha256"],
-            documents=tuple(DocumentRead(**d) for d in manifest["documents"]),
-            settings=dict(manifest["settings"]),
+            tokenizer_sha256=_text_or_none(manifest["tokenizer_sha256"]),
+            documents=tuple(_document(d) for d in _list(manifest["documents"])),
+            settings=_dict(manifest["settings"]),
             library=_text(manifest["library"]),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"the manifest of {path} does not describe a memory: {what}. Nothing was loaded.") from error
     for layer in bank.layers:
@@ -331,13 +333,51 @@ def _expected_shapes(variant: str, ranks: Mapping[int, int], d_model: int) -> di
     return {f"layers.{layer}.{name}": (rank, d_model) for layer, rank in ranks.items() for name in names}
 
 
+def _document(value: object) -> DocumentRead:
+    fields = _dict(value)
+    document = DocumentRead(**fields)
+    _text(document.name), _text(document.ids_sha256), _text_or_none(document.text_sha256)
+    if _whole(document.tokens) < 0:
+        raise ValueError(f"{document.name!r} has {document.tokens} tokens")
+    return document
+
+
+def _layer(name: str) -> int:
+    layer = int(name)
+    if str(layer) != name:
+        raise ValueError(f"{name!r} is not the number of a layer")
+    return layer
+
+
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{value!r} is not a whole number")
     return value
 
 
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return value
+
+
+def _dict(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not an object")
     return value

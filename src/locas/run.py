@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -96,7 +98,7 @@ class Run:
 
     Raises:
         ValueError: settings that do not fit the backbone or one another.
-        OSError: the output's folder does not exist.
+        OSError: the output's folder does not exist or cannot be written.
     """
 
     def __init__(self, backbone: Backbone, texts: Sequence[Text], output: str | Path, settings: RunSettings) -> None:
@@ -110,6 +112,9 @@ class Run:
             raise ValueError(
                 f"{self.output} is a folder; give the name of the memory file, e.g. {self.output}/m.safetensors"
             )
+        _check_writable(self.output.parent)
+        if self.output.is_file() and not _may_be_replaced(self.output):
+            raise ValueError(f"{self.output} is not a memory and would be overwritten; delete it, or choose another -o")
         if not self.texts:
             raise ValueError("there is no text to read")
         self.memory = self._fresh_memory()
@@ -153,7 +158,9 @@ class Run:
             "library": __version__,
             "settings": asdict(self.settings),
             "start_from": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else None,
-            "texts": [[t.name, t.sha256, t.ids.numel()] for t in self.texts],
+            "sizes": self.settings.read.sizes(self.backbone.model),
+            "start_id": self.backbone.start_id,
+            "texts": [[t.name, t.sha256, hashlib.sha256(t.ids.numpy().tobytes()).hexdigest()] for t in self.texts],
             "backbone": fingerprint(self.backbone.model),
             "dtype": str(next(self.backbone.model.parameters()).dtype),
             "tokenizer": self.backbone.tokenizer_sha256,
@@ -248,8 +255,14 @@ class Run:
         if not self.state_path.exists():
             return False
         tensors, manifest = load_tensors(self.state_path, kind=STATE_FORMAT, may_be_nan=("losses.", "baseline."))
-        if manifest["key"] != self.key:
-            raise ValueError(f"{self.state_path} belongs to another run; move it away to start afresh")
+        try:
+            self._check_state(tensors, manifest)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{self.state_path} is no state of this run ({what}); move it away to start afresh. "
+                "Nothing was changed."
+            ) from error
         self.document = int(manifest["document"])
         self.seconds, self.baseline_seconds = float(manifest["seconds"]), float(manifest["baseline_seconds"])
         self.undone = int(manifest["undone"])
@@ -270,6 +283,34 @@ class Run:
             self.memory.bank.rows.copy_(state["rows"])
             self.memory.bank.tau.copy_(state["tau"])
         return True
+
+    def _check_state(self, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        """Raises ValueError, KeyError or TypeError unless `resume` can take all of it over."""
+        if manifest["key"] != self.key:
+            raise ValueError("it belongs to another")
+        document = manifest["document"]
+        if type(document) is not int or not 0 <= document <= len(self.texts):
+            raise ValueError(f"document {document!r} of {len(self.texts)}")
+        if not math.isfinite(float(manifest["seconds"]) + float(manifest["baseline_seconds"])):
+            raise ValueError("its times are not finite")
+        int(manifest["undone"])
+        expected = {f"losses.{i}": losses for i, losses in enumerate(self.losses[: document + 1])}
+        expected |= {f"baseline.{i}": losses for i, losses in enumerate(self.baseline_losses[: document + 1])}
+        state = {"rows": self.memory.bank.rows, "tau": self.memory.bank.tau}
+        if "reader.position" in tensors and document < len(self.texts):
+            ids = self.texts[document].ids
+            state = Reader(self.backbone.model, self.memory.bank, [ids], self.settings.read).state()
+            if (
+                not 0
+                <= float(tensors["reader.position"])
+                < ids.numel() + self.settings.read.sizes(self.backbone.model)[1]
+            ):
+                raise ValueError(f"position {float(tensors['reader.position'])} of {ids.numel()}")
+        expected |= {f"reader.{name}": tensor for name, tensor in state.items()}
+        for name, tensor in expected.items():
+            found = tensors[name]
+            if found.shape != tensor.shape or found.dtype != tensor.dtype:
+                raise ValueError(f"{name} should be {tuple(tensor.shape)} {tensor.dtype}")
 
     # ---------------------------------------------------------------- results
 
@@ -333,15 +374,31 @@ def parse_layers(text: str, n_layers: int) -> list[int] | None:
         return None
     if text == "upper-half":
         return list(range(n_layers // 2, n_layers))
-    layers: set[int] = set()
     try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            layers |= set(range(int(first), int(last or first) + 1))
+        parts = [part.partition("-") for part in text.split(",")]
+        spans = [(int(first), int(last if dash else first)) for first, dash, last in parts]
+        if any(first > last for first, last in spans):
+            raise ValueError("a range that runs backwards")
     except ValueError as error:
         raise ValueError(
             f'layers {text!r} are not understood; give "all", "upper-half", or numbers such as 0,3-5'
         ) from error
-    if not layers or min(layers) < 0 or max(layers) >= n_layers:
+    if max(last for _, last in spans) >= n_layers:
         raise ValueError(f"layers {text!r} do not fit this backbone, which has layers 0..{n_layers - 1}")
-    return sorted(layers)
+    return sorted({layer for first, last in spans for layer in range(first, last + 1)})
+
+
+def _check_writable(folder: Path) -> None:
+    """Finds out before hours of reading, not after."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be written ({error.strerror}); choose another -o") from error
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether an old output is empty or begins like a safetensors file: a text that was named by mistake does not."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return not head or head[8:] == b"{"

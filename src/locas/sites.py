@@ -19,6 +19,7 @@ afterwards: the site ends before that norm, which is where widening the FFN adds
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -63,6 +64,9 @@ class Family:
     # Module with 3-D parameters gate_up_proj [experts, 2 m, d_model] and down_proj [experts, d_model, m], and
     # the attribute act_fn. Layers that lack it (dense ones, mixed in) are read by the paths above.
     experts: str | None = None
+    # Key in config.json (its text_config, if it has one) of the FFN's width m, which merging enlarges; None: the
+    # width is no setting.
+    width: str | None = "intermediate_size"
 
 
 def _in_mlp(up: str, down: str, gate: str | None = None) -> dict[str, Any]:
@@ -84,16 +88,16 @@ FAMILIES: list[Family] = [
     Family(("gemma2", "gemma3_text", "gemma3"), _GEMMA_LAYERS, **_GATED, activation="hidden_activation"),
     Family(("phi3", "glm", "glm4"), "model.layers", **_FUSED),
     Family(("qwen3_moe", "mixtral"), "model.layers", **_GATED, experts="mlp.experts"),
-    Family(("gpt2",), "transformer.h", **_in_mlp("c_fc", "c_proj"), conv1d=True, activation=_ACT_FN),
-    Family(("opt",), "model.decoder.layers", **_OPT, activation=_ACT_FN),
+    Family(("gpt2",), "transformer.h", **_in_mlp("c_fc", "c_proj"), conv1d=True, activation=_ACT_FN, width="n_inner"),
+    Family(("opt",), "model.decoder.layers", **_OPT, activation=_ACT_FN, width="ffn_dim"),
     Family(("gpt_neox",), "gpt_neox.layers", **_4H),
-    Family(("gptj",), "transformer.h", **_in_mlp("fc_in", "fc_out"), activation=_ACT_FN),
+    Family(("gptj",), "transformer.h", **_in_mlp("fc_in", "fc_out"), activation=_ACT_FN, width="n_inner"),
     Family(("phi",), "model.layers", **_in_mlp("fc1", "fc2")),
     Family(("starcoder2",), "model.layers", **_in_mlp("c_fc", "c_proj")),
-    Family(("falcon",), "transformer.h", **_4H, activation="activation"),
+    Family(("falcon",), "transformer.h", **_4H, activation="activation", width="ffn_hidden_size"),
     # mlp(A, residual) returns the sum. Under pretraining_tp > 1 with slow_but_exact it never calls the down
-    # module, so that is no exit, and observe_intermediate sees nothing in that mode.
-    Family(("bloom",), "transformer.h", **_4H, activation="=gelu_bloom"),
+    # module, so that is no exit, and observe_intermediate sees nothing in that mode. The width is 4 d_model in code.
+    Family(("bloom",), "transformer.h", **_4H, activation="=gelu_bloom", width=None),
 ]
 
 
@@ -268,13 +272,41 @@ def canonical_activation(name: str) -> str:
     return canonical
 
 
-def fingerprint(model: nn.Module) -> str:
+def stored_names(family: Family, names: Iterable[str]) -> dict[tuple[int, str], str]:
+    """Which of a checkpoint's names are FFN tensors: {(layer, "up.weight"): name}; the parts are up, gate, down.
+
+    A fused gate/up matrix is "up". Names are known by their ends, since old checkpoints lack the beginning
+    ("h.0.mlp.c_fc.weight"). Mixtures of experts have no such names.
+
+    Raises:
+        ValueError: two names for one tensor.
+    """
+    holders = (family.layers,) if isinstance(family.layers, str) else family.layers
+    holder = "|".join(sorted({re.escape(path.rsplit(".", 1)[-1]) for path in holders}))
+    parts = {family.gate: "gate", family.down: "down", family.up: "up"}  # the last wins where gate is up
+    paths = "|".join(re.escape(path) for path in parts if path)
+    pattern = re.compile(rf"(?:^|\.)(?:{holder})\.(\d+)\.({paths})\.(weight|bias)$")
+    found: dict[tuple[int, str], str] = {}
+    for name in names:
+        if match := pattern.search(name):
+            key = int(match[1]), f"{parts[match[2]]}.{match[3]}"
+            if key in found:
+                raise ValueError(f"the checkpoint has two tensors for one FFN matrix: {found[key]!r} and {name!r}")
+            found[key] = name
+    return found
+
+
+def fingerprint(model: nn.Module, stored: Callable[[int, str], Tensor] | None = None) -> str:
     """Identify a backbone: 64 hex digits, SHA-256 over the shapes of its FFNs and a sample of their weights.
 
     Hashed are the model type, sizes and activation, and of every FFN weight its shape and at most
     FINGERPRINT_SAMPLE evenly strided elements, rounded to bfloat16: the float32 and the bfloat16 load of one
     bfloat16 checkpoint agree, a fine-tuned or quantised one does not. Hooks, devices and requires_grad do not
     count; a change of elements outside the sample goes unseen.
+
+    Args:
+        model: the backbone; it may be on the meta device if `stored` is given.
+        stored: gives the weights in the model's place, by layer and part ("up.weight"), e.g. from a checkpoint.
     """
     sites = find_sites(model)
     facts = {
@@ -287,6 +319,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for site in sites.values():
         for name, weight in _weights(site):
+            weight = weight if stored is None else stored(site.layer, name)
             if weight.is_meta:
                 raise RuntimeError(f"layer {site.layer}: weights on the meta device have no fingerprint")
             digest.update(f"{site.layer} {name} {[*weight.shape]}".encode())

@@ -46,7 +46,7 @@ class ReadSettings:
     window: int | None = None
     chunk: int | None = None
     steps: int = 1
-    fill_eps: float = 1.0
+    fill_eps: float = 0.01
     start_in_every_window: bool | None = None
     write: WriteSettings = field(default_factory=WriteSettings)
 
@@ -152,7 +152,7 @@ class Reader:
         learn: bool = True,
     ) -> None:
         self.window_tokens, self.chunk_tokens = settings.sizes(model)
-        _check_documents(model, documents, bank, first_token)
+        _check_documents(model, documents, bank, first_token, start_id)
         self.model = model
         self.bank = bank
         self.sites = check_fit(model, bank) if bank is not None else {}
@@ -163,7 +163,7 @@ class Reader:
         self.position = first_token
         learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
-        self._to_fill = learns and bank is not None and bank.variant == "mlp"
+        self._to_fill = self._may_fill()
 
     # ---------------------------------------------------------------- reading
 
@@ -181,7 +181,10 @@ class Reader:
 
         Raises:
             FloatingPointError: the loss is not finite although the memory's last write was undone.
+            ValueError: there is nothing left to read.
         """
+        if self.done:
+            raise ValueError("every document is read to its end")
         began = time.perf_counter()
         window = self._window()
         bank = self.bank
@@ -233,35 +236,39 @@ class Reader:
         return nll, nll.sum(dim=1) / counts
 
     def _score_and_write(self, window: _Window) -> tuple[Tensor, Tensor, list[int], Tensor]:
+        nll, losses, undone = self._score_finite(window)
+        scored = nll.detach()
+        norms, filled = torch.full((len(window.rows),), torch.nan), [0] * len(window.rows)
+        if self.writer is None or window.targets.shape[1] == 0:
+            return scored, norms, filled, undone[window.rows]
+        live, filling = self._live(window), self._filling(window)
+        for step in range(self.settings.steps):
+            # Filling slots stands for the first gradient step, for the memories that have room.
+            active = live & ~filling if step == 0 else live
+            if active.any():
+                if step > 0:
+                    _, losses, bad = self._score_finite(window)
+                    undone = undone | bad
+                grad = self._gradient(losses)
+                # The first gradient step is number 1 for those that filled slots, else number 0.
+                norms = torch.where((active & (filling == step))[window.rows].cpu(), _norms(grad, window.rows), norms)
+                undone = undone | self.writer.write(grad, active * self._share(window))
+            if step == 0 and filling.any():
+                filled, bad = self._fill(window, scored, filling)
+                undone = undone | bad
+        return scored, norms, filled, undone[window.rows]
+
+    def _score_finite(self, window: _Window) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores; where a loss is not finite, takes those memories' last write back and scores once more. With the
+        memories that this happened to, [bank]."""
         nll, losses = self._score(window)
         bad = self._scatter(window, ~losses.detach().isfinite())
         if bad.any():
-            nll, losses = self._score_again(window, bad)
-        scored, undone = nll.detach(), bad
-        norms = torch.full((len(window.rows),), torch.nan)
-        filled = [0] * len(window.rows)
-        if self.writer is None or window.targets.shape[1] == 0:
-            return scored, norms, filled, undone[window.rows]
-        first = 0
-        if self._to_fill:
-            filled = self._fill(window, scored)
-            first = int(any(filled))  # filling slots stands for the first gradient step
-        for step in range(first, self.settings.steps):
-            if step > 0:
-                losses = self._score(window)[1]
-            grad = self._gradient(losses)
-            if step == first:
-                norms = grad[window.rows].flatten(1).norm(dim=1).cpu()
-            undone = undone | self.writer.write(grad, self._live(window))
-        return scored, norms, filled, undone[window.rows]
-
-    def _score_again(self, window: _Window, bad: Tensor) -> tuple[Tensor, Tensor]:
-        """After a loss that is not finite: takes those memories' last write back and scores once more."""
-        if self.writer is not None:
-            self.writer.undo(bad)
-        nll, losses = self._score(window)
-        self._check_finite(window, losses)
-        return nll, losses
+            if self.writer is not None:
+                self.writer.undo(bad)
+                nll, losses = self._score(window)
+            self._check_finite(window, losses)
+        return nll, losses, bad
 
     def _check_finite(self, window: _Window, losses: Tensor) -> None:
         bad = [row for row, loss in zip(window.rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
@@ -278,26 +285,37 @@ class Reader:
         losses.sum().backward(inputs=self.bank.leaves())
         return self.bank.grad
 
-    def _fill(self, window: _Window, scored: Tensor) -> list[int]:
-        """Puts one slot a token into empty slots; returns how many for each live document."""
+    def _filling(self, window: _Window) -> Tensor:
+        """[bank] the memories whose empty slots this chunk fills."""
         assert self.bank is not None
-        room = empty_slots(self.bank)[window.rows]
-        if not room.any():
-            self._to_fill = False
-            return [0] * len(window.rows)
+        room = empty_slots(self.bank) > 0 if self._to_fill else torch.zeros_like(self._live(window))
+        self._to_fill = bool(room.any())
+        return room & self._live(window)
+
+    def _fill(self, window: _Window, scored: Tensor, filling: Tensor) -> tuple[list[int], Tensor]:
+        """Puts one slot a token into empty slots: how many for each live document, and, [bank], where that was
+        undone because something was not finite."""
+        assert self.bank is not None
+        assert self.writer is not None
+        self.writer.remember(filling)
         keys, values = stepwise_rows(self.model, self.sites, window.inputs, window.prefix_tokens, window.targets)
-        eps = self.settings.fill_eps
-        return [
-            fill_slots(
-                self.bank,
-                row,
-                {layer: k[i] for layer, k in keys.items()},
-                {layer: v[i] * eps for layer, v in values.items()},
-                scored[i],
-                window.targets[i],
-            )
-            for i, row in enumerate(window.rows)
-        ]
+        eps, filled = self.settings.fill_eps, [0] * len(window.rows)
+        for i, row in enumerate(window.rows):
+            if filling[row]:
+                k = {layer: key[i] for layer, key in keys.items()}
+                v = {layer: value[i] * eps for layer, value in values.items()}
+                filled[i] = fill_slots(self.bank, row, k, v, scored[i], window.targets[i])
+        bad = filling & ~self.bank.rows.isfinite().flatten(1).all(dim=1)
+        if bad.any():
+            self.writer.undo(bad)
+            filled = [0 if bad[row] else n for row, n in zip(window.rows, filled, strict=True)]
+        return filled, bad
+
+    def _share(self, window: _Window) -> Tensor:
+        """[bank] how much of a full chunk each document's stretch is, by which its step is scaled."""
+        share = torch.zeros(self.writer.bank.size if self.writer is not None else 0, dtype=torch.float64)
+        share[window.rows] = (window.targets != IGNORED).sum(dim=1).cpu().double() / self.chunk_tokens
+        return share.to(self.device)
 
     def _live(self, window: _Window) -> Tensor:
         return self._scatter(window, (window.targets != IGNORED).any(dim=1))
@@ -348,28 +366,52 @@ class Reader:
         Raises:
             ValueError: the state is of another layout; nothing was changed.
         """
+        self._check_state(state)
         if self.bank is not None:
-            rows = state.get("rows")
-            if rows is None or rows.shape != self.bank.rows.shape or rows.dtype != self.bank.rows.dtype:
-                found = None if rows is None else (tuple(rows.shape), rows.dtype)
-                raise ValueError(
-                    f"this state holds rows of {found}, the reader needs {tuple(self.bank.rows.shape)}, "
-                    f"{self.bank.rows.dtype}; resume with the settings that the run was started with"
-                )
-            self.bank.rows.copy_(rows)
+            self.bank.rows.copy_(state["rows"])
             self.bank.tau.copy_(state["tau"])
         if self.writer is not None:
             prefix = "writer."
             self.writer.load_state({k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)})
         self.position = int(state["position"])
+        self._to_fill = self._may_fill()
+
+    def _may_fill(self) -> bool:
+        return self.writer is not None and self.writer.bank.variant == "mlp"
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError unless `state` has what `load_state` takes, and no more of a writer."""
+        needed = {name: t for name, t in self.state().items() if ".before." not in name}
+        extra = [name for name in state if name.startswith("writer.") and ".before." not in name]
+        before: dict[str, Tensor] = {}
+        if self.writer is not None and "writer.before.0" in state:
+            live = [self.writer.bank.rows, *self.writer.moments, self.writer.counts]
+            before = {f"writer.before.{i}": t for i, t in enumerate(live)}
+        for name in (*needed, *extra, *before):
+            want, have = (
+                None if t is None else (tuple(t.shape), t.dtype) for t in ((needed | before).get(name), state.get(name))
+            )
+            if want != have:
+                raise ValueError(
+                    f"this state holds {name} of {have}, the reader needs {want}; resume with the settings that the "
+                    "run was started with"
+                )
 
 
-def _check_documents(model: nn.Module, documents: Sequence[Tensor], bank: Bank | None, first_token: int) -> None:
+def _norms(grad: Tensor, rows: list[int]) -> Tensor:
+    return grad[rows].flatten(1).norm(dim=1).cpu()
+
+
+def _check_documents(
+    model: nn.Module, documents: Sequence[Tensor], bank: Bank | None, first_token: int, start_id: int | None
+) -> None:
     if not documents:
         raise ValueError("there is no document to read")
     if bank is not None and bank.size != len(documents):
         raise ValueError(f"{len(documents)} documents need as many memories; the bank holds {bank.size}")
     vocabulary = next(input_embedding(model).parameters()).shape[0]
+    if start_id is not None and not 0 <= start_id < vocabulary:
+        raise ValueError(f"the start token {start_id} is not among the 0..{vocabulary - 1} that the backbone knows")
     for i, ids in enumerate(documents):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"document {i} must be a vector of token ids; got {tuple(ids.shape)} {ids.dtype}")

@@ -42,8 +42,8 @@ class WriteSettings:
     """
 
     rule: Rule = "muon"
-    lr: float = 0.05
-    momentum: float = 0.95
+    lr: float = 0.1
+    momentum: float = 0.7
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -82,12 +82,14 @@ class Writer:
         return [self.bank.rows, *self.moments, self.counts]
 
     @torch.no_grad()
-    def write(self, grad: Tensor, active: Tensor) -> Tensor:
+    def write(self, grad: Tensor, share: Tensor) -> Tensor:
         """One update of the active memories, undone at once for those whose gradient or result is not finite.
 
         Args:
             grad: [bank, n_rows, d_model], gradient of each memory's own loss.
-            active: [bank] bool, which memories have something to learn; the others do not change at all.
+            share: [bank] in 0..1, how much of a full step each memory makes: the share of a full chunk that its
+                gradient comes from, so that a book's last few words do not move it as far as a thousand would.
+                With 0 a memory does not change at all.
 
         Returns:
             [bank] bool: the memories whose write was undone; their `scale` is halved.
@@ -97,7 +99,8 @@ class Writer:
         grad = torch.where(finite[:, None, None], grad, 0.0)
         self.counts += 1
         delta = self._muon(grad) if self.settings.rule == "muon" else self._adamw(grad)
-        self.bank.rows.sub_(delta * self.scale[:, None, None].to(delta.dtype))
+        active = share > 0
+        self.bank.rows.sub_(delta * (self.scale * share)[:, None, None].to(delta.dtype))
         if self.settings.clip:
             self.bank.clip_rows()
         finite &= self.bank.rows.isfinite().all(dim=-1).all(dim=-1)
@@ -177,9 +180,8 @@ class Writer:
 
 def _mix(which: Tensor, one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     """Tensors [bank, ...] with the memories in `which` ([bank] bool) from `one`, the rest from `other`."""
-    return [
-        torch.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(one, other, strict=True)
-    ]  # fmt: skip
+    masks = [which.reshape(-1, *[1] * (x.ndim - 1)) for x in one]
+    return [torch.where(mask, x, y) for mask, x, y in zip(masks, one, other, strict=True)]
 
 
 def orthogonalise(x: Tensor) -> Tensor:

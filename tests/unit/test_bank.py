@@ -323,9 +323,7 @@ def test_errors_of_using_a_bank() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bank.read(1, hidden(2))
-    message = (
-        "the index names a memory for (2,) rows, but the batch has 3; give one entry for each row of the batch"
-    )
+    message = "the index names a memory for (2,) rows, but the batch has 3; give one entry for each row of the batch"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bank.read(1, hidden(3), torch.tensor([0, 1]))
     for index in (torch.tensor([[0, 1]]), torch.tensor([], dtype=torch.int64), torch.tensor([0, 1, 2, 0])):

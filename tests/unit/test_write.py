@@ -164,7 +164,7 @@ def test_muon_moves_rows_by_about_lr(rank: int, scale: float) -> None:
     mean = moved.square().mean().sqrt() / 0.01
     assert 0.65 < mean < 1.25
     if rank <= D_MODEL:
-        assert 0.65 * 0.01 < moved.min()
+        assert moved.min() > 0.65 * 0.01
         assert moved.max() < 1.25 * 0.01
 
 
@@ -276,6 +276,25 @@ def test_undo_takes_back_the_last_write_that_happened(rule: Rule) -> None:
     writer.write(failing, flags(1, 0))
     writer.undo(flags(1, 1))
     assert_same({k: v for k, v in copies(writer).items() if k != "scale"}, before)
+
+
+@both
+def test_a_share_of_a_step_moves_that_much(rule: Rule) -> None:
+    bank = make(4)
+    bank.rows.copy_(bank.rows[:1].expand_as(bank.rows).clone())
+    before, writer = bank.rows.clone(), Writer(bank, WriteSettings(rule, lr=0.1, clip=False))
+    grad = gradient(bank, 0)[:1].expand_as(bank.rows).clone()
+    share = torch.tensor([1.0, 0.25, 0.0, 0.5], dtype=torch.float64)
+    writer.scale[3] = 0.5
+    assert not writer.write(grad, share).any()
+    moved = bank.rows - before
+    for memory, part in ((1, 0.25), (3, 0.25)):
+        torch.testing.assert_close(moved[memory], part * moved[0], rtol=1e-12, atol=1e-14)
+    assert (moved[2] == 0).all()
+    assert writer.counts.tolist() == [1, 1, 0, 1]
+    for moment in writer.moments:
+        assert same_bytes(moment[0], moment[1])
+        assert (moment[2] == 0).all()
 
 
 def test_undo_before_any_write_only_halves() -> None:

@@ -1,21 +1,27 @@
-"""The command line: `locas memorize`, `score`, `generate`, `chat`, `info`, `demo`.
+"""The command line: `locas memorize`, `score`, `generate`, `chat`, `compose`, `merge`, `unmerge`,
+`info`, `demo`.
 
 Flags are generated from the settings' dataclasses, where their defaults and help texts stand.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from locas.cli.common import UserError, fail
+from locas.cli.common import UserError, fail, print_json
+from locas.cli.compose import Compose
 from locas.cli.demo import Demo
 from locas.cli.info import Info
 from locas.cli.memorize import Memorize, memorize_defaults
+from locas.cli.merge import Merge, Unmerge
 from locas.cli.score import ScoreText
 from locas.cli.talk import Chat, Generate
 
@@ -38,13 +44,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_transformers()
     try:
-        return _parse(args).run()
+        with _explained(as_json):
+            command = _parse(args)
+        return int(command.run())
     except (UserError, ValueError, FloatingPointError, OSError, TypeError) as error:
         if os.environ.get("LOCAS_TRACEBACK"):
             raise
         return fail(error, as_json)
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def _explained(as_json: bool) -> Iterator[None]:
+    """With --json, what the parser of arguments draws on standard error is an error object as well."""
+    if not as_json:
+        yield
+        return
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            yield
+    except SystemExit as stop:
+        sys.stderr.write(drawn.getvalue())
+        if stop.code:
+            print_json({"error": " ".join(re.sub(r"[─-╿]|^ *-{4,} *$", " ", drawn.getvalue(), flags=re.M).split())})
+        raise
 
 
 def _parse(args: list[str]) -> Any:
@@ -54,6 +79,9 @@ def _parse(args: list[str]) -> Any:
         | Annotated[ScoreText, sub("score")]
         | Annotated[Generate, sub("generate")]
         | Annotated[Chat, sub("chat")]
+        | Annotated[Compose, sub("compose")]
+        | Annotated[Merge, sub("merge")]
+        | Annotated[Unmerge, sub("unmerge")]
         | Annotated[Info, sub("info")]
         | Annotated[Demo, sub("demo")]
     )

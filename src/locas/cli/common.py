@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ err = Console(stderr=True, highlight=False)
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """One JSON object, NaN as null."""
-    sys.stdout.write(json.dumps(_without_nan(result), ensure_ascii=False) + "\n")
+    """One JSON object in ASCII, so that any terminal and any file name will do; NaN and infinity as null."""
+    sys.stdout.write(json.dumps(_without_nan(result)) + "\n")
     sys.stdout.flush()
 
 
@@ -96,7 +97,7 @@ def _without_nan(value: Any) -> Any:
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fail(error: Exception, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""`locas info`: what a memory file contains."""
+"""`locas info`: what a memory file or a merged checkpoint contains."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from locas.cli.common import OutputOptions, out, print_json
 from locas.memory import load
+from locas.unmerge import read_manifest
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,16 @@ class Info:
     """What a memory file contains: backbone, shape, what it has read, its settings.
 
     locas info book.safetensors
+    locas info merged
     """
 
     file: Annotated[str, tyro.conf.Positional]
-    """A memory file."""
+    """A memory file, or a folder that `locas merge` wrote."""
     show: OutputOptions = field(default_factory=OutputOptions)
 
     def run(self) -> int:
+        if Path(self.file).is_dir():
+            return self._merged()
         memory = load(self.file)
         manifest = memory.manifest()
         norms = {
@@ -41,6 +45,33 @@ class Info:
             print_json(manifest | {"parameters": memory.n_parameters, "file_bytes": size, "mean_row_norms": norms})
             return 0
         _describe(manifest, memory.n_parameters, size, norms)
+        return 0
+
+    def _merged(self) -> int:
+        manifest = read_manifest(self.file)
+        if self.show.json:
+            inner = ("tensors", "shards", "files")  # what un-merging needs, and no reader
+            print_json({k: v for k, v in manifest.items() if k not in inner})
+            return 0
+        width = manifest["width"]
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        table.add_row("merged checkpoint", f"format {manifest['version']}, written by locas {manifest['library']}")
+        table.add_row("backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
+        table.add_row(
+            "FFN width", f"{width['original']:,} -> {width['merged']:,}  ({width['key']}, multiple of {width['align']})"
+        )
+        table.add_row("dtype", manifest["dtype"] or "as the backbone's")
+        for about in manifest["memories"]:
+            ranks = sorted(set(about["manifest"]["ranks"].values()))
+            tokens = sum(d["tokens"] for d in about["manifest"]["documents"])
+            rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+            layers = len(about["manifest"]["ranks"])
+            table.add_row(
+                "memory", f"{about['name']}: rank {rank} on {layers} layers, {tokens:,} tokens read  ({about['file']})"
+            )
+        out.print(table)
         return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import signal
 import sys
 import time
@@ -121,26 +122,24 @@ class Memorize:
 
     def _announce(self, run: Run) -> None:
         if self.resume and run.resume():
-            err.print(f"going on at token {run.tokens:,} of {run.total_tokens:,} ({run.state_path})")
+            _say(f"going on at token {run.tokens:,} of {run.total_tokens:,} ({run.state_path})")
             return
         if self.resume:
-            err.print("no stopped run of these settings here: starting afresh")
+            _say("no stopped run of these settings here: starting afresh")
         elif run.state_path.exists():
-            err.print(
+            _say(
                 f"a stopped run of these settings is in {run.state_path} and will be replaced; "
                 "stop now and add --resume to go on with it"
             )
-        others = [p for p in run.output.parent.glob(f"{run.output.name}.*.partial") if p != run.state_path]
+        others = [p for p in run.output.parent.glob(f"{glob.escape(run.output.name)}.*.partial") if p != run.state_path]
         for other in others:
-            err.print(f"[dim]a stopped run of other settings is kept in {other}[/dim]")
+            _say(f"a stopped run of other settings is kept in {other}", style="dim")
 
     def _stopped(self, run: Run) -> int:
         run.save_state()
         command = "locas " + " ".join(short(a) for a in sys.argv[1:])
         command += "" if self.resume else " --resume"
-        err.print(
-            f"\nstopped at token {run.tokens:,} of {run.total_tokens:,}; nothing is lost. Go on with:\n  {command}"
-        )
+        _say(f"\nstopped at token {run.tokens:,} of {run.total_tokens:,}; nothing is lost. Go on with:\n  {command}")
         if self.show.json:
             print_json({"stopped": True, "tokens": run.tokens, "total_tokens": run.total_tokens})
         return 130
@@ -169,6 +168,11 @@ def memorize_defaults(args: list[str]) -> Memorize:
         initialise=chosen.init,
         read=chosen.read,
     )
+
+
+def _say(text: str, style: str | None = None) -> None:
+    """A message as it is: paths and commands are neither wrapped nor taken for markup."""
+    err.print(text, style=style, soft_wrap=True, markup=False)
 
 
 # -------------------------------------------------------------------- progress
