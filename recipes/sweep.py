@@ -82,7 +82,8 @@ def grids() -> dict[str, list[Entry]]:
             for e in eps
         ],
         "layers": [Entry("upper half", layers=(3, 4, 5))],
-        "whole": [Entry("default"), Entry("rank 2", INIT(rank=2))],
+        "whole": [Entry("default")],
+        "rank 2": [Entry("rank 2", INIT(rank=2))],
     }
 
 

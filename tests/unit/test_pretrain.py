@@ -230,6 +230,16 @@ def test_twins_are_stock_and_seeded() -> None:
         build("tiny-moe", TINY, 53)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_trained_is_what_the_stock_model_computes(name: str, tmp_path: Path) -> None:
+    ours = build(name, TINY, 53)
+    ours.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert stock.config._attn_implementation == "sdpa"
+    ids = torch.randint(53, (2, 17), generator=torch.Generator().manual_seed(0))
+    assert same_bytes(ours(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
 def test_schedule_warms_up_stays_and_decays() -> None:
     preset = TINY.changed(tokens=TINY.tokens_a_step * 20, lr=0.5)  # 4 steps up, 10 level, 6 down
     rates = [learning_rate(step, preset) for step in range(20)]
@@ -336,6 +346,9 @@ def test_export_evaluate_split_and_join(
     assert found["books"][0]["bytes"] == len(body) + 1
     card = (folder / "README.md").read_text()
     assert f"| 7 | {found['books'][0]['bits_per_byte']:.3f} |" in card
+    (folder / "README.md").unlink()
+    assert main.main(["card", str(folder)]) == 0
+    assert (folder / "README.md").read_text() == card
     assert main.main(["split", str(folder), str(tmp_path / "pieces")]) == 0
     assert main.main(["split", str(folder), str(tmp_path / "pieces")]) == 1  # they are there already
     pieces = export.split(folder, tmp_path / "small", piece_bytes=10_007)
