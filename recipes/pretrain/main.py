@@ -1,6 +1,6 @@
 """Trains locas's built-in backbones, step by step; README.md beside this file says how.
 
-python recipes/pretrain/main.py check|prepare|train|export|evaluate|split|join --help
+python recipes/pretrain/main.py check|prepare|train|export|evaluate|card|split|join --help
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(found["mean_bits_per_byte"]))
 
 
+def _card(args: argparse.Namespace) -> None:
+    evaluation.write_card(args.folder)
+    print(f"{args.folder / 'README.md'} and SHA256SUMS")
+
+
 def _split(args: argparse.Namespace) -> None:
     for path in exporting.split(args.folder, args.out):
         print(f"{path} {path.stat().st_size / 2**20:.2f} MiB")
@@ -140,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--books", type=Path, default=HOME / "dev", help="folder of *.txt or *.txt.xz")
     step.add_argument("--device", default="auto")
     step.add_argument("--max-tokens", type=int, help="only so many of each book")
+
+    step = add("card", _card, "Write the model card and checksums again, from what training and evaluation left.")
+    step.add_argument("folder", type=Path)
 
     step = add("split", _split, "Cut an exported folder into pieces that travel.")
     step.add_argument("folder", type=Path)

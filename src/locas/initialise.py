@@ -15,6 +15,7 @@ the choice then depends on no token that is scored later with the memory in plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -60,8 +61,8 @@ class InitSettings:
             raise ValueError(f"variant {self.variant!r} is not one of auto, {', '.join(get_args(Variant))}")
         if self.init not in ("auto", *get_args(Strategy)):
             raise ValueError(f"initialisation {self.init!r} is not one of auto, {', '.join(get_args(Strategy))}")
-        if self.tau_scale is not None and not self.tau_scale > 0:
-            raise ValueError(f"tau_scale must be positive; got {self.tau_scale}")
+        if self.tau_scale is not None and not (self.tau_scale > 0 and math.isfinite(self.tau_scale)):
+            raise ValueError(f"tau_scale must be a positive number; got {self.tau_scale}")
         if self.variant == "glu" and self.init == "step-wise":
             raise ValueError(
                 "step-wise initialisation writes a key and a value for a token, which the product with a gate makes "

@@ -266,20 +266,27 @@ def record_reading(
     )
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> Memory:
+def load(path: str | Path, model: nn.Module | None = None, *, tokenizer_sha256: str | None = None) -> Memory:
     """Loads a memory file; everything is checked before anything is used, and nothing is executed.
 
     Args:
         path: a file that `Memory.save` wrote.
         model: the backbone; its device and fingerprint are taken into account. None: check that on attaching.
+        tokenizer_sha256: the tokenizer that is at hand (`Backbone.tokenizer_sha256`), checked where the file names one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a memory, damaged, of a newer format, or made with another backbone.
+        ValueError: not a memory, damaged, of a newer format, or made with another backbone or tokenizer.
     """
     tensors, manifest = load_tensors(path, kind=FORMAT)
     bank, provenance = _from_manifest(path, tensors, manifest)
     memory = Memory(bank, provenance)
+    known = provenance.tokenizer_sha256
+    if tokenizer_sha256 is not None and known is not None and known != tokenizer_sha256:
+        raise ValueError(
+            f"{path} was made with another tokenizer ({known[:12]}) than the one at hand ({tokenizer_sha256[:12]}), so "
+            f"its token ids mean other words; load the tokenizer of {provenance.backbone!r}"
+        )
     if model is not None:
         memory.check(model)
         memory.bank = bank.to(next(iter(check_fit(model, bank).values())).device)

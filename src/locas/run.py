@@ -135,11 +135,7 @@ class Run:
         settings, backbone = self.settings, self.backbone
         _, chunk = settings.read.sizes(backbone.model)
         if settings.start_from is not None:
-            memory = load(settings.start_from, backbone.model)
-            known = memory.provenance.tokenizer_sha256
-            if known is not None and known != backbone.tokenizer_sha256:
-                raise ValueError(f"{settings.start_from} was made with another tokenizer than that of {backbone.name}")
-            return memory
+            return load(settings.start_from, backbone.model, tokenizer_sha256=backbone.tokenizer_sha256)
         if settings.init_tokens is not None and settings.init_tokens < 1:
             raise ValueError(f"init_tokens must be 1 or more; got {settings.init_tokens}")
         return create(

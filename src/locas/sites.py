@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# The names of activations that the memory's maths implements, and what configs call them besides.
-ACTIVATIONS = ("silu", "relu", "relu2", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_bloom")
+from locas.bank import ACTIVATIONS
+
+# What configs call the activations of `locas.bank.ACTIVATIONS` besides.
 ALIASES = {
     "swish": "silu",
     "gelu_python": "gelu",
-    # One formula with full-precision constants: equal in float64 to 1e-12 (tested), apart only in rounding.
-    "gelu_new": "gelu_pytorch_tanh",
+    # The formula of gelu_pytorch_tanh with full-precision constants: apart only in rounding (tested in float64).
     "gelu_accurate": "gelu_pytorch_tanh",
     "gelu_python_tanh": "gelu_pytorch_tanh",
 }

@@ -58,6 +58,9 @@ class ReadSettings:
         if self.steps < 1:
             raise ValueError(f"steps must be 1 or more (to score without learning pass learn=False); got {self.steps}")
 
+        if not (self.fill_eps > 0 and math.isfinite(self.fill_eps)):
+            raise ValueError(f"fill_eps must be a positive number; got {self.fill_eps}")
+
     def sizes(self, model: nn.Module) -> tuple[int, int]:
         """(window, chunk) in tokens for this model.
 

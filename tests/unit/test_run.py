@@ -463,7 +463,7 @@ def test_a_memory_of_another_tokenizer_or_backbone_is_refused(llama: Backbone, o
     run_to_end(Run(llama, three_texts(llama)[:1], begin, SETTINGS))
     settings = replace(SETTINGS, start_from=str(begin))
     other = tiny_backbone(llama.model, word_tokenizer(adds_bos=False))
-    with pytest.raises(ValueError, match="was made with another tokenizer than that of tiny"):
+    with pytest.raises(ValueError, match="was made with another tokenizer"):
         Run(other, three_texts(llama), output, settings)
     other = tiny_backbone(tiny_model("llama", torch.float32, seed=1))
     with pytest.raises(ValueError, match="load the backbone that it was made with"):

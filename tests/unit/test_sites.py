@@ -30,6 +30,7 @@ REFERENCE = {
     "relu": lambda x: x.clamp(min=0),
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
     "gelu_pytorch_tanh": _tanh_gelu(math.sqrt(2 / math.pi)),
+    "gelu_new": _tanh_gelu(math.sqrt(2 / math.pi)),
     "gelu_bloom": _tanh_gelu(0.79788456),
 }
 

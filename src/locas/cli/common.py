@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locas.backbone import Backbone, Dtype, load_backbone
+from locas.memory import Memory, load
 from locas.run import Text
 from locas.text import Document, collect
 
@@ -37,6 +38,11 @@ class BackboneOptions:
 
     def load(self) -> Backbone:
         return load_backbone(self.model, dtype=self.dtype, device=self.device)
+
+
+def backbone_memory(path: str, backbone: Backbone) -> Memory:
+    """A memory from its file, checked against the model and tokenizer that will use it."""
+    return load(path, backbone.model, tokenizer_sha256=backbone.tokenizer_sha256)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ __all__ = [
     "OutputOptions",
     "TextOptions",
     "UserError",
+    "backbone_memory",
     "comparison",
     "err",
     "fail",

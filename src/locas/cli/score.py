@@ -11,8 +11,17 @@ import tyro
 from rich.progress import track
 
 from locas.backbone import Backbone
-from locas.cli.common import BackboneOptions, OutputOptions, TextOptions, comparison, err, out, print_json
-from locas.memory import Memory, load, read
+from locas.cli.common import (
+    BackboneOptions,
+    OutputOptions,
+    TextOptions,
+    backbone_memory,
+    comparison,
+    err,
+    out,
+    print_json,
+)
+from locas.memory import Memory, read
 from locas.metrics import Score
 from locas.run import Text, figures, sum_scores
 from locas.stream import ReadSettings
@@ -39,7 +48,7 @@ class ScoreText:
     def run(self) -> int:
         documents = self.text.collect()
         backbone = self.backbone.load()
-        memory = load(self.memory, backbone.model) if self.memory else None
+        memory = backbone_memory(self.memory, backbone) if self.memory else None
         texts = self.text.tokenize(documents, backbone)
         settings = ReadSettings(
             window=self.window, chunk=self.chunk, start_in_every_window=backbone.start_in_every_window

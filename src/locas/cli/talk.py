@@ -13,10 +13,10 @@ import tyro
 from torch import Tensor
 
 from locas.backbone import Backbone
-from locas.cli.common import BackboneOptions, OutputOptions, UserError, err, out, print_json
+from locas.cli.common import BackboneOptions, OutputOptions, UserError, backbone_memory, err, out, print_json
 from locas.forward import device_of, trained_context
 from locas.initialise import InitSettings
-from locas.memory import Memory, create, load, read
+from locas.memory import Memory, create, read
 from locas.stream import ReadSettings
 
 
@@ -63,7 +63,7 @@ class Generate:
         self.sampling.check()
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         backbone = self.backbone.load()
-        memory = load(self.memory, backbone.model) if self.memory else None
+        memory = backbone_memory(self.memory, backbone) if self.memory else None
         ids = prompt_ids(backbone, prompt)
         text = continuation(backbone, memory, ids, self.sampling)
         plain = continuation(backbone, None, ids, self.sampling) if self.compare and memory else None
@@ -105,7 +105,7 @@ class Chat:
         backbone = self.backbone.load()
         memory = None
         if self.memory and (not self.learn or Path(self.memory).exists()):
-            memory = load(self.memory, backbone.model)
+            memory = backbone_memory(self.memory, backbone)
         conversation = _Conversation(backbone, self.sampling)
         for message in _messages():
             prompt = conversation.prompt_with(message)
