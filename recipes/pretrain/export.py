@@ -17,7 +17,7 @@ from pretrain.settings import Preset
 from pretrain.state import RESULT, load_checkpoint
 from pretrain.twins import build
 
-PIECE_BYTES = 15 * 2**20  # under the 16 MiB that come back from a lent machine
+PIECE_BYTES = 15 * 2**20  # under 16 MiB, so that they travel where large files do not
 _INDEX = "pieces.json"
 _FORMAT = "locas pieces 1"
 

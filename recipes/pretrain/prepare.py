@@ -74,7 +74,7 @@ def load_split(folder: str | Path, split: str) -> NDArray[np.uint16]:
             continue
         path = folder / shard["file"]
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: carry the whole of {folder}, or run `main.py prepare` again")
+            raise FileNotFoundError(f"{path} is missing: copy the whole of {folder}, or run `main.py prepare` again")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
             raise ValueError(f"{path} is not the shard in manifest.json; run `main.py prepare` again")
@@ -86,7 +86,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """What `prepare` wrote about its shards."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; run `main.py prepare` first (or carry {folder})")
+        raise FileNotFoundError(f"{path} does not exist; run `main.py prepare` first (or copy {folder})")
     return json.loads(path.read_text())
 
 

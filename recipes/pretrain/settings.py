@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-HOME = Path(".pretrain")  # ignored by git; on a lent machine, carried by name
+HOME = Path(".pretrain")  # ignored by git
 DATA = HOME / "data"
 RUNS = HOME / "runs"
 END_OF_TEXT = "<|endoftext|>"  # token 0: stands before every book, so a text that begins with it reads as a new one

@@ -183,7 +183,7 @@ def test_packing_round_trip_and_damage(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the shard in manifest"):
         prepare.load_split(tmp_path, "train")
     (tmp_path / "train-0.u16.xz").unlink()
-    with pytest.raises(FileNotFoundError, match="carry the whole of"):
+    with pytest.raises(FileNotFoundError, match="copy the whole of"):
         prepare.load_split(tmp_path, "train")
 
 
