@@ -281,15 +281,15 @@ def load(path: str | Path, model: nn.Module | None = None, *, tokenizer_sha256: 
     tensors, manifest = load_tensors(path, kind=FORMAT)
     bank, provenance = _from_manifest(path, tensors, manifest)
     memory = Memory(bank, provenance)
+    if model is not None:
+        memory.check(model)
+        memory.bank = bank.to(next(iter(check_fit(model, bank).values())).device)
     known = provenance.tokenizer_sha256
     if tokenizer_sha256 is not None and known is not None and known != tokenizer_sha256:
         raise ValueError(
             f"{path} was made with another tokenizer ({known[:12]}) than the one at hand ({tokenizer_sha256[:12]}), so "
             f"its token ids mean other words; load the tokenizer of {provenance.backbone!r}"
         )
-    if model is not None:
-        memory.check(model)
-        memory.bank = bank.to(next(iter(check_fit(model, bank).values())).device)
     return memory
 
 

@@ -228,7 +228,7 @@ def test_making_a_memory_changes_nothing_of_the_backbone(model_of: ModelOf, name
 def test_activation_can_be_chosen(model_of: ModelOf) -> None:
     settings = InitSettings(RANK, activation="relu", init="gaussian")
     assert create_bank(model_of("gpt2"), text(1), settings).activation == "relu"
-    assert create_bank(model_of("gpt2"), text(1), InitSettings(RANK)).activation == "gelu_pytorch_tanh"
+    assert create_bank(model_of("gpt2"), text(1), InitSettings(RANK)).activation == "gelu_new"
 
 
 # -------------------------------------------------------------------- step-wise optimal slots
@@ -424,8 +424,8 @@ def test_a_memory_has_room_while_any_layer_has() -> None:
             {"init": "svd"},
             "initialisation 'svd' is not one of auto, top-k, bottom-k, random-rows, gaussian, activation, step-wise",
         ),
-        ({"tau_scale": 0.0}, "tau_scale must be positive; got 0.0"),
-        ({"tau_scale": float("nan")}, "tau_scale must be positive; got nan"),
+        ({"tau_scale": 0.0}, "tau_scale must be a positive number; got 0.0"),
+        ({"tau_scale": float("nan")}, "tau_scale must be a positive number; got nan"),
         (
             {"variant": "glu", "init": "step-wise"},
             "step-wise initialisation writes a key and a value for a token, which the product with a gate makes "
