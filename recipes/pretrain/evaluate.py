@@ -20,7 +20,7 @@ from pretrain.books import FORMS
 from pretrain.report import environment
 
 WINDOW, CHUNK = 2048, 1024
-PROMPTS = ("", "It was a dark night, and ", "“I do not know,” said ")
+PROMPTS = ("", "It was a dark night, and", "“I do not know,” said")  # no space at the end: words begin with theirs
 SAMPLE_TOKENS, TEMPERATURE = 80, 0.8
 
 
@@ -43,14 +43,20 @@ def books(folder: Path) -> Iterator[tuple[str, str]]:
 def score(backbone: Backbone, text: str, max_tokens: int | None = None) -> dict[str, Any]:
     """A text's bits per byte and perplexity, read in windows of 2,048 tokens, 1,024 at a time, without memory."""
     ids, n_bytes = backbone.encode(text, max_tokens)
-    trained = backbone.model.config.max_position_embeddings
-    settings = locas.ReadSettings(window=min(WINDOW, trained), chunk=min(CHUNK, trained // 2))
+    window, chunk = _sizes(backbone)
+    settings = locas.ReadSettings(window=window, chunk=chunk)
     records = list(locas.read(backbone.model, None, ids, settings, start_id=backbone.start_id))
     total = locas.Score.of(torch.cat([record.nll for record in records]), n_bytes)
     return {
         "tokens": total.tokens, "bytes": total.n_bytes, "nll": total.nll, "bits_per_byte": total.bits_per_byte,
         "perplexity": total.perplexity,
     }  # fmt: skip
+
+
+def _sizes(backbone: Backbone) -> tuple[int, int]:
+    """Window and chunk, in tokens: ours, or what fits into a shorter context."""
+    trained = backbone.model.config.max_position_embeddings
+    return min(WINDOW, trained), min(CHUNK, trained // 2)
 
 
 def samples(backbone: Backbone) -> list[dict[str, Any]]:
@@ -90,8 +96,8 @@ def evaluate(
     result = {
         "format": "locas pretraining evaluation 1",
         "model_sha256": _sha256(model / "model.safetensors"),
-        "window": WINDOW,
-        "chunk": CHUNK,
+        "window": _sizes(backbone)[0],
+        "chunk": _sizes(backbone)[1],
         "max_tokens": max_tokens,
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
         "environment": environment(torch.device(next(backbone.model.parameters()).device)),
@@ -141,7 +147,7 @@ d_model {config["hidden_size"]}, {config["num_hidden_layers"]} layers, {config["
 {config["num_key_value_heads"]} key heads, {ffn} of {config["intermediate_size"]} ({config["hidden_act"]}), context of \
 {config["max_position_embeddings"]:,} tokens, tied embeddings, byte-level BPE of {config["vocab_size"]:,}, bfloat16.
 
-Trained from scratch on {training["tokens"] / 1e6:.0f}M tokens ({training["tokens"] / train:.1f} times over \
+Trained from scratch on {training["tokens"] / 1e6:.1f}M tokens ({training["tokens"] / train:.1f} times over \
 {train / 1e6:.1f}M) of public-domain English books, half with their hard wraps, half re-flowed, some with typographic \
 quotes and dashes; step {training["step"]} of {training["n_steps"]}, {training["seconds"] / 60:.0f} minutes on \
 {where["device"]}, learning rate {settings["lr"]:g}, seed {settings["seed"]}, commit {where["commit"]}. All else is in \
