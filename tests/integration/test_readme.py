@@ -77,3 +77,8 @@ def test_the_two_commands_exist() -> None:
     for task in re.findall(r"^\./dev\.sh (\w+)", README, re.M):
         assert f"    {task}) " in script
     assert "./dev.sh test" in (ROOT / ".ci/run").read_text()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"locas {locas.__version__}\n"

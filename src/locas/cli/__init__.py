@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from locas.cli.common import UserError, fail, print_json
+from locas._version import __version__
+from locas.cli.common import UserError, fail, out, print_json
 from locas.cli.compose import Compose
 from locas.cli.demo import Demo
 from locas.cli.info import Info
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (interrupted)."""
     args = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
+    if args == ["--version"]:
+        out.print(f"locas {__version__}")
+        return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_transformers()
     try:
