@@ -103,9 +103,9 @@ def main() -> int:
             leftovers = [p.name for p in Path(folder).iterdir() if p.suffix == ".partial"]
             if leftovers:
                 raise SystemExit(f"state files are left behind: {leftovers}")
-    result = report(args, tally, time.monotonic() - began)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, (json.dumps(result, indent=2) + "\n").encode())
+            result = report(args, tally, time.monotonic() - began)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.out, (json.dumps(result, indent=2) + "\n").encode())
     print(json.dumps(result) if args.json else f"{tally.kills.total()} kills in {tally.runs} runs: {dict(tally.kills)}")
     return 0
 
@@ -158,6 +158,8 @@ class Forked:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            # Renews torch's thread pool, which a fork breaks, before the threads that load weights race to do it.
+            torch.set_num_threads(1)
             os.dup2(self.errors.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os._exit(cli.main(args))
