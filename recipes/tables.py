@@ -17,12 +17,12 @@ def main() -> int:
     """Writes the page; says which result files are missing."""
     parts = ["# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n"]
     for name, section in (("dev_books", books), ("sweep", sweep), ("kill_resume", kills)):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
+        paths = sorted(RESULTS.glob(f"{name}*.json"))
+        for path in paths:
             report = json.loads(path.read_text())
-            parts.append(section(report) + "\n" + provenance(path, report))
-        else:
-            print(f"{path} is missing", file=sys.stderr)
+            parts.append(section(report) + provenance(path, report))
+        if not paths:
+            print(f"{RESULTS / name}.json is missing", file=sys.stderr)
     (ROOT / "docs" / "results.md").write_text("\n".join(parts))
     return 0
 
@@ -113,7 +113,7 @@ def kills(report: Row) -> str:
     """SIGKILLs and resumptions."""
     phases = ", ".join(f"{n} {phase}" for phase, n in report["kills_in_phase"].items())
     return (
-        "## Killed and resumed\n"
+        f"## Killed and resumed, seed {report['seeds'][0]}\n"
         f"{report['kills']} SIGKILLs ({phases}) over {report['runs_completed']} runs; {report['identical']} of "
         f"{report['runs_completed']} final memories byte-identical to the undisturbed run's; "
         f"{report['files_checked']} memory and state files read after kills, all readable.\n"
