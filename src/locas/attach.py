@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from locas.bank import Bank, spread
+from locas.bank import Bank
 from locas.sites import Site, decoder_of, find_sites
 
 
@@ -161,6 +161,3 @@ def _forget_compiled_code() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]:
         torch.compiler.reset()
-
-
-__all__ = ["Attachment", "attach", "attached", "check_fit", "check_index", "first_input", "spread"]

@@ -324,11 +324,11 @@ class Run:
         """Figures of all texts together, and of each."""
         result = figures(
             sum_scores(self.scores()), self.memory.n_parameters, self.backbone.n_parameters, self.seconds
-        ) | {"documents": [{"name": t.name, **_brief(s)} for t, s in zip(self.texts, self.scores(), strict=True)]}
+        ) | {"documents": [{"name": t.name, **brief(s)} for t, s in zip(self.texts, self.scores(), strict=True)]}
         if self.settings.compare:
             plain = self.baseline_scores()
             baseline = figures(sum_scores(plain), 0, self.backbone.n_parameters, self.baseline_seconds)
-            documents = [{"name": t.name, **_brief(s)} for t, s in zip(self.texts, plain, strict=True)]
+            documents = [{"name": t.name, **brief(s)} for t, s in zip(self.texts, plain, strict=True)]
             result["baseline"] = baseline | {"documents": documents}
         return result
 
@@ -343,14 +343,15 @@ def sum_scores(scores: Sequence[Score]) -> Score:
 
 def figures(score: Score, memory_parameters: int, backbone_parameters: int, seconds: float) -> dict[str, Any]:
     """The figures that every command prints with --json; `nll` is the sum over all tokens, in nats."""
-    return _brief(score) | {
+    return brief(score) | {
         "memory_parameters": memory_parameters,
         "backbone_parameters": backbone_parameters,
         "seconds": round(seconds, 3),
     }
 
 
-def _brief(score: Score) -> dict[str, Any]:
+def brief(score: Score) -> dict[str, Any]:
+    """The figures of a score alone; `nll` is the sum over all tokens, in nats."""
     return {
         "tokens": score.tokens,
         "bytes": score.n_bytes,

@@ -23,7 +23,7 @@ from locas.cli.common import (
 )
 from locas.memory import Memory, read
 from locas.metrics import Score
-from locas.run import Text, figures, sum_scores
+from locas.run import Text, brief, figures, sum_scores
 from locas.stream import ReadSettings
 
 
@@ -77,16 +77,5 @@ def score_texts(backbone: Backbone, memory: Memory | None, texts: list[Text], se
     seconds = time.perf_counter() - began
     parameters = memory.n_parameters if memory else 0
     result = figures(sum_scores(scores), parameters, backbone.n_parameters, seconds)
-    names = [text.name for text in texts]
-    result["documents"] = [
-        {
-            "name": n,
-            **{
-                k: v
-                for k, v in figures(s, 0, 0, 0).items()
-                if k in ("tokens", "bytes", "nll", "perplexity", "bits_per_byte")
-            },
-        }
-        for n, s in zip(names, scores, strict=True)
-    ]
+    result["documents"] = [{"name": t.name, **brief(s)} for t, s in zip(texts, scores, strict=True)]
     return result
