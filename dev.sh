@@ -11,14 +11,17 @@ cd "$(dirname "$0")"
 venv="${LOCAS_VENV:-.venv}"
 python="$venv/bin/python"
 
+# setup EXTRA: the package with its dependencies and those of an optional extra (pyproject.toml).
 setup() {
-    local stamp="$venv/.locas-stamp"
-    if [[ -x "$python" && -f "$stamp" && ! constraints.txt -nt "$stamp" && ! pyproject.toml -nt "$stamp" ]]; then
-        return
-    fi
+    local stamp="$venv/.locas-stamp-${1:-base}" done
+    for done in "$stamp" "$venv/.locas-stamp-dev"; do
+        if [[ -x "$python" && -f "$done" && ! constraints.txt -nt "$done" && ! pyproject.toml -nt "$done" ]]; then
+            return
+        fi
+    done
     echo "setting up $venv ..." >&2
     "${PYTHON:-python3}" -m venv "$venv"
-    "$python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]" >&2
+    "$python" -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".${1:+[$1]}" >&2
     touch "$stamp"
 }
 
@@ -39,10 +42,10 @@ build() {
 task="${1:-help}"
 [[ $# -gt 0 ]] && shift
 case "$task" in
-    demo) setup; exec "$venv/bin/locas" demo "$@" ;;
-    locas) setup; exec "$venv/bin/locas" "$@" ;;
-    fast) setup; exec "$python" -m pytest tests/unit "$@" ;;
-    lint) setup; lint ;;
-    test) setup; lint; "$python" -m pytest "$@"; build ;;
+    demo) setup ""; exec "$venv/bin/locas" demo "$@" ;;
+    locas) setup eval; exec "$venv/bin/locas" "$@" ;;
+    fast) setup dev; exec "$python" -m pytest tests/unit "$@" ;;
+    lint) setup dev; lint ;;
+    test) setup dev; lint; "$python" -m pytest "$@"; build ;;
     *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [[ "$task" == help ]] || exit 2 ;;
 esac
