@@ -148,10 +148,10 @@ def _add(attachment: Attachment, layer: int, a: Tensor, output: Any, batch: int 
     if a.ndim == 2 and (index is not None or bank.size > 1):
         # Some layers flatten [batch, seq, d]; rows of the batch are then equal stretches.
         rows = batch or (bank.size if index is None else index.shape[0])
-        added = bank.read(layer, a.unflatten(0, (rows, -1)), index).flatten(0, 1)
+        onto = main.unflatten(0, (rows, -1))
+        main = bank.read(layer, a.unflatten(0, (rows, -1)), index, onto).flatten(0, 1)
     else:
-        added = bank.read(layer, a, index)
-    main = main + added.to(main.device, main.dtype)
+        main = bank.read(layer, a, index, main)
     return (main, *rest) if isinstance(output, tuple) else main
 
 

@@ -13,6 +13,8 @@ its gates (GLU only), then its keys, then its values:
 | A | `a` | [batch, seq, d_model] |
 | G, K, V | `bank.slots(layer)` | [bank, rank, d_model] each |
 | tau | `bank.tau[:, i]` | [bank, layer] |
+
+The first `bank.frozen[:, i]` slots of a layer are frozen: they are read like any others, and never written.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,7 @@ class Bank:
         self.rows = torch.zeros(size, self.parts * sum(self.ranks.values()), d_model, dtype=dtype, device=device)
         self.grad: Tensor | None = None
         self.tau = torch.ones(size, len(self.ranks), dtype=dtype, device=device)
+        self.frozen = torch.zeros(size, len(self.ranks), dtype=torch.int64)
         self._act = ACTIVATIONS[activation]
         self._bind()
 
@@ -114,7 +117,9 @@ class Bank:
         for layer, rank in self.ranks.items():
             self._start[layer] = start
             middle, stop = start + (self.parts - 1) * rank, start + self.parts * rank
-            self._leaves[layer] = (self.rows[:, start:middle], self.rows[:, middle:stop])
+            # Matrices where there is one memory: its gradients need no axis put in front of them then.
+            rows = self.rows[0] if self.size == 1 else self.rows
+            self._leaves[layer] = (rows[..., start:middle, :], rows[..., middle:stop, :])
             start = stop
 
     @property
@@ -150,9 +155,19 @@ class Bank:
         for start, stop, rank in runs:
             yield slice(start, stop), rank
 
+    def frozen_rows(self) -> Tensor | None:
+        """[bank, n_rows] bool, the rows of frozen slots; None where no slot is frozen."""
+        if not self.frozen.any():
+            return None
+        parts = []
+        for i, rank in enumerate(self.ranks.values()):
+            slots = torch.arange(rank) < self.frozen[:, i, None]
+            parts.append(slots.repeat(1, self.parts))
+        return torch.cat(parts, dim=1).to(self.device)
+
     # ---------------------------------------------------------------- read
 
-    def read(self, layer: int, a: Tensor, index: Tensor | None = None) -> Tensor:
+    def read(self, layer: int, a: Tensor, index: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
         """What the memory adds to the FFN's output: tau * V^T(act(G A) * (K A)), or tau * V^T act(K A).
 
         arXiv:2602.05085 sec. 3. Computed in `a`'s dtype and on its device; tau multiplies the rank-wide
@@ -163,9 +178,11 @@ class Bank:
             a: the FFN's input, [batch, seq, d_model].
             index: [batch] integers, row b reads memory index[b], and no memory where it is negative. None:
                 everybody reads the only memory of a bank of one, or row b memory b.
+            onto: the FFN's output, shaped like `a`, to which the memory's is added in the same product; None: zeros.
 
         Returns:
-            [batch, seq, d_model] in `a`'s dtype; exactly zero for rows without a memory.
+            [batch, seq, d_model], a new tensor in `onto`'s dtype, else `a`'s; exactly `onto`, else zero, for rows
+            without a memory.
 
         Raises:
             ValueError: the batch does not fit the index, or the bank where there is none.
@@ -173,32 +190,40 @@ class Bank:
         keys, values = (part.to(a.device, a.dtype) for part in self._leaves[layer])
         tau = self.tau[:, self._position[layer]].to(a.device, a.dtype)
         if index is None and self.size == 1:
-            return self._read_one(a, keys[0], values[0], tau[0])
+            return self._read_one(a, keys, values, tau, onto)
         if index is None:
             if a.shape[0] != self.size:
                 raise ValueError(
                     f"a batch of {a.shape[0]} rows cannot read a bank of {self.size} memories one to one; "
                     "pass an index that says which memory each row reads (-1: none)"
                 )
-            return self._read_rows(a, keys, values, tau)
+            return self._read_rows(a, keys, values, tau, onto)
+        if self.size == 1:
+            keys, values = keys[None], values[None]
         index = spread(index.to(a.device), a.shape[0])
         chosen, absent = index.clamp(min=0), (index < 0)[:, None, None]
         # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
         keys, values = keys[chosen].masked_fill(absent, 0.0), values[chosen].masked_fill(absent, 0.0)
         tau = tau[chosen].masked_fill(index < 0, 0.0)
-        return self._read_rows(a.masked_fill(absent, 0.0), keys, values, tau)
+        return self._read_rows(a.masked_fill(absent, 0.0), keys, values, tau, onto)
 
-    def _gate(self, both: Tensor) -> Tensor:
+    def _gate(self, both: Tensor, tau: Tensor) -> Tensor:
         if self.variant == "mlp":
-            return self._act(both)
+            return self._act(both) * tau
         gate, up = both.chunk(2, dim=-1)
-        return self._act(gate) * up
+        return self._act(gate) * up * tau
 
-    def _read_one(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
-        return (self._gate(a @ keys.T) * tau) @ values
+    def _read_one(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor, onto: Tensor | None) -> Tensor:
+        slots = self._gate(F.linear(a, keys), tau)
+        if not _fits(onto, a):
+            return _sum(onto, slots @ values)
+        return torch.addmm(onto.flatten(0, -2), slots.flatten(0, -2), values).view(onto.shape)
 
-    def _read_rows(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor) -> Tensor:
-        return (self._gate(a @ keys.mT) * tau[:, None, None]) @ values
+    def _read_rows(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor, onto: Tensor | None) -> Tensor:
+        slots = self._gate(a @ keys.mT, tau[:, None, None])
+        if not _fits(onto, a):
+            return _sum(onto, slots @ values)
+        return torch.baddbmm(onto, slots, values)
 
     # ---------------------------------------------------------------- learn
 
@@ -210,12 +235,14 @@ class Bank:
             return self
         self._bind()
         self.grad = torch.zeros_like(self.rows)
+        total = self.grad[0] if self.size == 1 else self.grad
         for layer, leaves in self._leaves.items():
             start = self._start[layer]
             for leaf in leaves:
+                stop = start + leaf.shape[-2]
                 leaf.requires_grad_(True)
-                leaf.register_post_accumulate_grad_hook(_move_grad_to(self.grad[:, start : start + leaf.shape[1]]))
-                start += leaf.shape[1]
+                leaf.register_post_accumulate_grad_hook(_move_grad_to(total[..., start:stop, :]))
+                start = stop
         return self
 
     def leaves(self) -> list[Tensor]:
@@ -229,8 +256,9 @@ class Bank:
 
     # ---------------------------------------------------------------- copies
 
-    def like(self, rows: Tensor, tau: Tensor) -> Bank:
-        """A bank of the same layout holding copies of `rows` [n, n_rows, d_model] and `tau` [n, layer]."""
+    def like(self, rows: Tensor, tau: Tensor, frozen: Tensor | None = None) -> Bank:
+        """A bank of the same layout holding copies of `rows` [n, n_rows, d_model], `tau` and `frozen` [n, layer]
+        (None: no slot is frozen)."""
         twin = Bank(
             self.variant,
             self.activation,
@@ -242,20 +270,22 @@ class Bank:
         )
         twin.rows.copy_(rows)
         twin.tau.copy_(tau)
+        if frozen is not None:
+            twin.frozen.copy_(frozen)
         return twin
 
     def clone(self) -> Bank:
-        return self.like(self.rows, self.tau)
+        return self.like(self.rows, self.tau, self.frozen)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Bank:
         """A copy on another device or in another dtype."""
-        return self.like(self.rows.to(device, dtype), self.tau.to(device, dtype))
+        return self.like(self.rows.to(device, dtype), self.tau.to(device, dtype), self.frozen)
 
     def select(self, i: int) -> Bank:
         """A copy of memory `i`, as a bank of one."""
         if not 0 <= i < self.size:
             raise ValueError(f"memory {i} asked for, but the bank holds 0..{self.size - 1}")
-        return self.like(self.rows[i : i + 1], self.tau[i : i + 1])
+        return self.like(self.rows[i : i + 1], self.tau[i : i + 1], self.frozen[i : i + 1])
 
     @staticmethod
     def stack(banks: list[Bank]) -> Bank:
@@ -266,7 +296,8 @@ class Bank:
                 raise ValueError(
                     f"only memories of one layout fit into one bank: {other.layout()} is not {first.layout()}"
                 )
-        return first.like(torch.cat([b.rows for b in banks]), torch.cat([b.tau for b in banks]))
+        rows, tau, frozen = (torch.cat([getattr(b, name) for b in banks]) for name in ("rows", "tau", "frozen"))
+        return first.like(rows, tau, frozen)
 
     def layout(self) -> tuple[str, str, int, tuple[tuple[int, int], ...]]:
         """What two memories must share to be stacked: variant, activation, width, (layer, rank) pairs."""
@@ -279,6 +310,17 @@ class Bank:
             f"Bank({self.variant}, {self.activation}, d_model={self.d_model}, rank={rank}, "
             f"layers={list(self.ranks)}, size={self.size})"
         )
+
+
+def _fits(onto: Tensor | None, a: Tensor) -> TypeGuard[Tensor]:
+    """Whether product and sum may be one operation. Not under autocast: it would round `onto` as well."""
+    if onto is None or onto.dtype != a.dtype or onto.device != a.device:
+        return False
+    return not torch.is_autocast_enabled(a.device.type)
+
+
+def _sum(onto: Tensor | None, added: Tensor) -> Tensor:
+    return added if onto is None else onto + added.to(onto.device, onto.dtype)
 
 
 def _move_grad_to(total: Tensor) -> Callable[[Tensor], None]:

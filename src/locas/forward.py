@@ -16,10 +16,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # a target that is not scored, as in torch's cross-entropy
+from locas.head import IGNORED, head_nll, plain_head, token_nll
 
 
 @contextmanager
@@ -55,11 +54,47 @@ def chunk_logits(model: nn.Module, inputs: Tensor, prefix_tokens: int) -> Tensor
     Returns:
         [batch, seq - prefix_tokens, vocab] in the model's dtype.
     """
-    if prefix_tokens == 0:
-        return call(model, inputs).logits
+    return call(model, inputs[:, prefix_tokens:], **read_prefix(model, inputs[:, :prefix_tokens])).logits
+
+
+def chunk_nll(
+    model: nn.Module, inputs: Tensor, targets: Tensor, prefix: dict[str, Any], head: nn.Linear | None
+) -> Tensor:
+    """Loss in nats of the chunk's targets, with gradients where the caller has them on.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        inputs: [batch, seq] the chunk's token ids.
+        targets: [batch, seq] the ids to be predicted; `IGNORED` where nothing is scored.
+        prefix: what `read_prefix` returned.
+        head: what `find_head` returned.
+
+    Returns:
+        [batch, seq] float32 or better; 0 where the target is `IGNORED`.
+    """
+    if head is None:
+        return token_nll(call(model, inputs, **prefix).logits, targets)
+    return head_nll(call(decoder(model), inputs, **prefix).last_hidden_state, head, targets)
+
+
+def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """Reads context without gradients: [batch, seq] token ids, possibly none. Returns what the call with the tokens
+    after it needs, a cache of keys and values; it goes with one call, which changes it."""
+    if inputs.shape[1] == 0:
+        return {}
     with torch.no_grad():
-        past = call(decoder(model), inputs[:, :prefix_tokens], use_cache=True).past_key_values
-    return call(model, inputs[:, prefix_tokens:], past_key_values=past, use_cache=True).logits
+        past = call(decoder(model), inputs, use_cache=True).past_key_values
+    return {"past_key_values": past, "use_cache": True}
+
+
+def find_head(model: nn.Module) -> nn.Linear | None:
+    """The output matrix, where the model's logits are no more than its product with the decoder's output, so that
+    `chunk_nll` need not hold all logits; else None."""
+    base = decoder(model)
+    if base is model:
+        return None
+    with frozen(model):
+        return plain_head(model, base)
 
 
 def call(model: nn.Module, inputs: Tensor, **more: Any) -> Any:
@@ -72,14 +107,6 @@ def decoder(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     base = getattr(model, "base_model", None)
     return base if isinstance(base, nn.Module) else model
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in nats, [batch, seq] float32 or better; 0 where it is `IGNORED`."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none").view(
-        targets.shape
-    )
 
 
 def trained_context(model: nn.Module) -> int | None:
@@ -106,3 +133,19 @@ def device_of(model: nn.Module) -> torch.device:
     if device.type == "meta" and hook is not None:
         return torch.device(hook.execution_device)
     return device
+
+
+__all__ = [
+    "IGNORED",
+    "call",
+    "chunk_logits",
+    "chunk_nll",
+    "decoder",
+    "device_of",
+    "find_head",
+    "frozen",
+    "input_embedding",
+    "read_prefix",
+    "token_nll",
+    "trained_context",
+]

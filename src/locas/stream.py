@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,18 @@ from torch import Tensor, nn
 
 from locas.attach import attached, check_fit
 from locas.bank import Bank
-from locas.forward import IGNORED, chunk_logits, device_of, frozen, input_embedding, token_nll, trained_context
+from locas.forward import (
+    IGNORED,
+    chunk_nll,
+    device_of,
+    find_head,
+    frozen,
+    input_embedding,
+    read_prefix,
+    trained_context,
+)
 from locas.initialise import empty_slots, fill_slots, stepwise_rows
+from locas.prefix import KeptPrefix, positions_are_relative
 from locas.write import Writer, WriteSettings
 
 _DEFAULT_WINDOW = 2048  # tokens; the paper's
@@ -40,6 +51,10 @@ class ReadSettings:
         fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
         start_in_every_window: put the start token before every window, not only before the document's first token;
             None: as the tokenizer does where one is at hand, else yes.
+        reuse: keep the context's keys and values from chunk to chunk instead of recomputing them: faster, not exactly
+            the same (docs/speed.md has the figures). Backbones with absolute positions recompute all the same.
+        refresh: with reuse, recompute the window after so many chunks.
+        sinks: with reuse, so many of the document's first tokens stay in every window.
         write: the write rule and its settings.
     """
 
@@ -48,6 +63,9 @@ class ReadSettings:
     steps: int = 1
     fill_eps: float = 0.01
     start_in_every_window: bool | None = None
+    reuse: bool = False
+    refresh: int = 64
+    sinks: int = 4
     write: WriteSettings = field(default_factory=WriteSettings)
 
     def __post_init__(self) -> None:
@@ -57,7 +75,10 @@ class ReadSettings:
             raise ValueError(f"a chunk needs at least 1 token; got {self.chunk}")
         if self.steps < 1:
             raise ValueError(f"steps must be 1 or more (to score without learning pass learn=False); got {self.steps}")
-
+        if self.refresh < 1:
+            raise ValueError(f"refresh must be 1 (recompute every window) or more chunks; got {self.refresh}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must be 0 or more tokens; got {self.sinks}")
         if not (self.fill_eps > 0 and math.isfinite(self.fill_eps)):
             raise ValueError(f"fill_eps must be a positive number; got {self.fill_eps}")
 
@@ -113,7 +134,7 @@ class ChunkRecord:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """One chunk of the live documents as the model gets it. inputs: [live, seq]; targets: [live, chunk]."""
 
     start: int
@@ -166,9 +187,34 @@ class Reader:
         self.position = first_token
         learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
+        self._head = find_head(model)
+        self._prefix = self._keeper()
         self._to_fill = self._may_fill()
 
+    def _keeper(self) -> KeptPrefix | None:
+        """None where every window is recomputed."""
+        limit = self.window_tokens - self.chunk_tokens - 1
+        settings = self.settings
+        if not settings.reuse or limit < 1:
+            return None
+        if not positions_are_relative(self.model, settings.refresh * self.chunk_tokens + self.window_tokens):
+            warnings.warn(
+                f"{type(self.model).__name__} knows positions by their numbers, not by their distances, so its context "
+                "cannot be kept from chunk to chunk: every window is recomputed",
+                stacklevel=3,
+            )
+            return None
+        lead = self.documents[0].new_tensor([] if self.start_id is None else [self.start_id])
+        sinks = min(settings.sinks, limit // 2)
+        first = [torch.cat([lead, d])[:sinks] for d in self.documents]
+        return KeptPrefix(self.model, first, limit, self.chunk_tokens, settings.refresh)
+
     # ---------------------------------------------------------------- reading
+
+    @property
+    def reuses(self) -> bool:
+        """Whether the context is kept from chunk to chunk."""
+        return self._prefix is not None
 
     @property
     def done(self) -> bool:
@@ -189,7 +235,7 @@ class Reader:
         if self.done:
             raise ValueError("every document is read to its end")
         began = time.perf_counter()
-        window = self._window()
+        window = self.window()
         bank = self.bank
         if self.writer is not None and bank is not None:
             bank.requires_grad_()
@@ -204,13 +250,16 @@ class Reader:
                     index = None if bank.size == 1 else torch.tensor(window.rows)
                     with attached(self.model, bank, index):
                         nll, norms, filled, undone = self._score_and_write(window)
+            if self._prefix is not None:
+                self._prefix.keep()
         finally:
             if bank is not None:
                 bank.requires_grad_(False)
         self.position = window.start + self.chunk_tokens
         return self._records(window, nll, norms, filled, undone, time.perf_counter() - began)
 
-    def _window(self) -> _Window:
+    def window(self) -> Window:
+        """The next chunk as the model will get it; baselines learn from it in their own way."""
         start = self.position
         rows = [i for i, d in enumerate(self.documents) if d.numel() > start]
         stops = [min(start + self.chunk_tokens, self.documents[i].numel()) for i in rows]
@@ -228,17 +277,22 @@ class Reader:
             inputs[i, len(lead) : len(lead) + end - 1 - left] = document[left : end - 1]
             targets[i, : max(0, end - first_target)] = document[first_target:end]
         prefix = max(0, len(lead) + first_target - 1 - left)
-        return _Window(start, rows, stops, inputs, targets, prefix, first_target)
+        return Window(start, rows, stops, inputs, targets, prefix, first_target)
 
-    def _score(self, window: _Window) -> tuple[Tensor, Tensor]:
+    def _score(self, window: Window) -> tuple[Tensor, Tensor]:
         """Each target's loss [live, chunk], and each document's mean loss [live]."""
         if window.targets.shape[1] == 0:
             return window.targets.new_zeros(window.targets.shape, dtype=torch.float32), torch.zeros(len(window.rows))
-        nll = token_nll(chunk_logits(self.model, window.inputs, window.prefix_tokens), window.targets)
+        before, inputs = window.inputs.tensor_split([window.prefix_tokens], dim=1)
+        if self._prefix is None:
+            prefix = read_prefix(self.model, before)
+        else:
+            prefix = self._prefix.context(window.rows, before, inputs.shape[1])
+        nll = chunk_nll(self.model, inputs, window.targets, prefix, self._head)
         counts = (window.targets != IGNORED).sum(dim=1).clamp(min=1)
         return nll, nll.sum(dim=1) / counts
 
-    def _score_and_write(self, window: _Window) -> tuple[Tensor, Tensor, list[int], Tensor]:
+    def _score_and_write(self, window: Window) -> tuple[Tensor, Tensor, list[int], Tensor]:
         nll, losses, undone = self._score_finite(window)
         scored = nll.detach()
         norms, filled = torch.full((len(window.rows),), torch.nan), [0] * len(window.rows)
@@ -261,7 +315,7 @@ class Reader:
                 undone = undone | bad
         return scored, norms, filled, undone[window.rows]
 
-    def _score_finite(self, window: _Window) -> tuple[Tensor, Tensor, Tensor]:
+    def _score_finite(self, window: Window) -> tuple[Tensor, Tensor, Tensor]:
         """Scores; where a loss is not finite, takes those memories' last write back and scores once more. With the
         memories that this happened to, [bank]."""
         nll, losses = self._score(window)
@@ -269,11 +323,13 @@ class Reader:
         if bad.any():
             if self.writer is not None:
                 self.writer.undo(bad)
+                if self._prefix is not None:
+                    self._prefix.forget()
                 nll, losses = self._score(window)
             self._check_finite(window, losses)
         return nll, losses, bad
 
-    def _check_finite(self, window: _Window, losses: Tensor) -> None:
+    def _check_finite(self, window: Window, losses: Tensor) -> None:
         bad = [row for row, loss in zip(window.rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(
@@ -288,14 +344,14 @@ class Reader:
         losses.sum().backward(inputs=self.bank.leaves())
         return self.bank.grad
 
-    def _filling(self, window: _Window) -> Tensor:
+    def _filling(self, window: Window) -> Tensor:
         """[bank] the memories whose empty slots this chunk fills."""
         assert self.bank is not None
         room = empty_slots(self.bank) > 0 if self._to_fill else torch.zeros_like(self._live(window))
         self._to_fill = bool(room.any())
         return room & self._live(window)
 
-    def _fill(self, window: _Window, scored: Tensor, filling: Tensor) -> tuple[list[int], Tensor]:
+    def _fill(self, window: Window, scored: Tensor, filling: Tensor) -> tuple[list[int], Tensor]:
         """Puts one slot a token into empty slots: how many for each live document, and, [bank], where that was
         undone because something was not finite."""
         assert self.bank is not None
@@ -314,16 +370,16 @@ class Reader:
             filled = [0 if bad[row] else n for row, n in zip(window.rows, filled, strict=True)]
         return filled, bad
 
-    def _share(self, window: _Window) -> Tensor:
+    def _share(self, window: Window) -> Tensor:
         """[bank] how much of a full chunk each document's stretch is, by which its step is scaled."""
         share = torch.zeros(self.writer.bank.size if self.writer is not None else 0, dtype=torch.float64)
         share[window.rows] = (window.targets != IGNORED).sum(dim=1).cpu().double() / self.chunk_tokens
         return share.to(self.device)
 
-    def _live(self, window: _Window) -> Tensor:
+    def _live(self, window: Window) -> Tensor:
         return self._scatter(window, (window.targets != IGNORED).any(dim=1))
 
-    def _scatter(self, window: _Window, flags: Tensor) -> Tensor:
+    def _scatter(self, window: Window, flags: Tensor) -> Tensor:
         """[live] flags as [bank] flags, False for documents that have ended."""
         assert self.bank is not None
         out = torch.zeros(self.bank.size, dtype=torch.bool, device=self.bank.device)
@@ -331,7 +387,7 @@ class Reader:
         return out
 
     def _records(
-        self, window: _Window, nll: Tensor, norms: Tensor, filled: list[int], undone: Tensor, seconds: float
+        self, window: Window, nll: Tensor, norms: Tensor, filled: list[int], undone: Tensor, seconds: float
     ) -> list[ChunkRecord | None]:
         records: list[ChunkRecord | None] = [None] * len(self.documents)
         for i, (row, stop) in enumerate(zip(window.rows, window.stops, strict=True)):
@@ -361,6 +417,8 @@ class Reader:
             state |= {"rows": self.bank.rows, "tau": self.bank.tau}
         if self.writer is not None:
             state |= {f"writer.{name}": t for name, t in self.writer.state().items()}
+        if self._prefix is not None:
+            state |= {f"prefix.{name}": t for name, t in self._prefix.state().items()}
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -370,12 +428,13 @@ class Reader:
             ValueError: the state is of another layout; nothing was changed.
         """
         self._check_state(state)
+        if self._prefix is not None:
+            self._prefix.load_state(_part(state, "prefix."))
         if self.bank is not None:
             self.bank.rows.copy_(state["rows"])
             self.bank.tau.copy_(state["tau"])
         if self.writer is not None:
-            prefix = "writer."
-            self.writer.load_state({k[len(prefix) :]: t for k, t in state.items() if k.startswith(prefix)})
+            self.writer.load_state(_part(state, "writer."))
         self.position = int(state["position"])
         self._to_fill = self._may_fill()
 
@@ -384,7 +443,8 @@ class Reader:
 
     def _check_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError unless `state` has what `load_state` takes, and no more of a writer."""
-        needed = {name: t for name, t in self.state().items() if ".before." not in name}
+        optional = (".before.", "prefix.")
+        needed = {name: t for name, t in self.state().items() if not any(part in name for part in optional)}
         extra = [name for name in state if name.startswith("writer.") and ".before." not in name]
         before: dict[str, Tensor] = {}
         if self.writer is not None and "writer.before.0" in state:
@@ -399,6 +459,11 @@ class Reader:
                     f"this state holds {name} of {have}, the reader needs {want}; resume with the settings that the "
                     "run was started with"
                 )
+
+
+def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin so, without that beginning."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _norms(grad: Tensor, rows: list[int]) -> Tensor:

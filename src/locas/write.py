@@ -1,7 +1,9 @@
 """Write rules: how a gradient becomes a change of a memory's rows.
 
 Two rules, chosen by name. Both work on a whole bank at once, `[bank, n_rows, d_model]`; memories never mix, each
-has its own step count, step scale and active flag, so that documents side by side are read as if alone.
+has its own step count, step scale and active flag, so that documents side by side are read as if alone. Frozen slots
+stay bit-identical, and the others are written as if the frozen ones were not there: their gradients are zeroed before
+a rule sees them, and zero rows have no part in orthogonalisation.
 
 * `adamw`: Adam without weight decay; `lr` is about an entry's change.
 * `muon`: momentum, then orthogonalisation of each [rank, d_model] matrix (Newton-Schulz); `lr` is the length
@@ -95,18 +97,27 @@ class Writer:
             [bank] bool: the memories whose write was undone; their `scale` is halved.
         """
         now = [t.clone() for t in self._live()]
-        finite = grad.isfinite().all(dim=-1).all(dim=-1)
-        grad = torch.where(finite[:, None, None], grad, 0.0)
+        finite = _all_finite(grad)
+        if not finite.all():
+            grad = torch.where(finite[:, None, None], grad, 0.0)
+        frozen = self.bank.frozen_rows()
+        if frozen is not None:
+            grad = grad.masked_fill(frozen[..., None], 0.0)
         self.counts += 1
         delta = self._muon(grad) if self.settings.rule == "muon" else self._adamw(grad)
         active = share > 0
-        self.bank.rows.sub_(delta * (self.scale * share)[:, None, None].to(delta.dtype))
+        self.bank.rows.sub_(delta.mul_((self.scale * share)[:, None, None].to(delta.dtype)))
         if self.settings.clip:
             self.bank.clip_rows()
-        finite &= self.bank.rows.isfinite().all(dim=-1).all(dim=-1)
+        if frozen is not None:  # clipping may have touched them
+            self.bank.rows.copy_(torch.where(frozen[..., None], now[0], self.bank.rows))
+        finite &= _all_finite(self.bank.rows)
         done = active & finite
-        self._restore(~done, now)
-        self._before = now if self._before is None else _mix(done, now, self._before)
+        if done.all():
+            self._before = now
+        else:
+            self._restore(~done, now)
+            self._before = now if self._before is None else _mix(done, now, self._before)
         failed = active & ~finite
         self._halve(failed)
         return failed
@@ -147,6 +158,7 @@ class Writer:
     def _muon(self, grad: Tensor) -> Tensor:
         s = self.settings
         (velocity,) = self.moments
+        frozen = self.bank.frozen_rows()
         velocity.mul_(s.momentum).add_(grad)
         ahead = grad.add(velocity, alpha=s.momentum)  # Nesterov
         delta = torch.empty_like(ahead)
@@ -155,6 +167,10 @@ class Writer:
             # Orthogonal rows have length 1 up to rank = d_model; beyond it the columns have, so stretch them.
             length = s.lr * max(1.0, rank / self.bank.d_model) ** 0.5
             delta[:, rows] = orthogonalise(matrices).mul_(length).flatten(1, 2)
+            if frozen is not None:  # only the slots that are written count
+                written = (~frozen[:, rows]).unflatten(1, (-1, rank)).sum(dim=-1).div(self.bank.d_model).clamp(min=1.0)
+                shorter = (written / max(1.0, rank / self.bank.d_model)).sqrt().to(delta.dtype)
+                delta[:, rows].unflatten(1, (-1, rank)).mul_(shorter[..., None, None])
         return delta
 
     # ---------------------------------------------------------------- resuming
@@ -198,18 +214,27 @@ def orthogonalise(x: Tensor) -> Tensor:
         [..., m, n], singular values about 0.7 to 1.2; a zero matrix stays zero.
     """
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    shape, wide = wide.shape, wide.reshape(-1, *wide.shape[-2:])
     # First to a largest entry of 1: the squares of very small or large ones leave float32's range.
     peak = wide.abs().amax(dim=(-2, -1), keepdim=True)
     wide = wide / torch.where(peak == 0, 1.0, peak)
-    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     a, b, c = _NEWTON_SCHULZ
     gram = wide @ wide.mT
-    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    # The Gram matrix's trace is the squared Frobenius norm, to which x is scaled: no singular value above 1.
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=torch.finfo(x.dtype).tiny)
+    gram /= square
     total = None
-    for _ in range(_ROUNDS):
-        p = a * identity + b * gram + c * (gram @ gram)
+    for i in range(_ROUNDS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
         total = p if total is None else p @ total
-        gram = p @ gram @ p
+        if i + 1 < _ROUNDS:
+            gram = p @ gram @ p
     assert total is not None
-    out = total @ wide
+    out = (total.div_(square.sqrt()) @ wide).view(shape)
     return out if x.shape[-2] <= x.shape[-1] else out.mT
+
+
+def _all_finite(x: Tensor) -> Tensor:
+    """[bank] bool for x [bank, n_rows, d_model], in one pass: the largest magnitude is NaN where an entry is."""
+    return x.abs().amax(dim=(-2, -1)).isfinite()

@@ -55,12 +55,12 @@ class Spy:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, int]] = []
 
-    def chunk_logits(self, _model: Any, inputs: Tensor, prefix_tokens: int) -> Tensor:
-        self.calls.append((inputs, prefix_tokens))
-        return torch.zeros(inputs.shape[0], inputs.shape[1] - prefix_tokens, 1)
+    def read_prefix(self, _model: Any, inputs: Tensor) -> Tensor:
+        return inputs
 
-    def token_nll(self, logits: Tensor, targets: Tensor) -> Tensor:
-        assert logits.shape[:2] == targets.shape
+    def chunk_nll(self, _model: Any, inputs: Tensor, targets: Tensor, prefix: Tensor, _head: Any) -> Tensor:
+        self.calls.append((torch.cat([prefix, inputs], dim=1), prefix.shape[1]))
+        assert inputs.shape == targets.shape
         return torch.where(targets == IGNORED, 0, targets).float()
 
 
@@ -82,8 +82,8 @@ def test_every_token_is_scored_once_in_the_right_window(data: st.DataObject) -> 
     documents = [text(n, seed) for seed, n in enumerate(lengths)]
     spy = Spy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "chunk_logits", spy.chunk_logits)
-        patch.setattr(stream, "token_nll", spy.token_nll)
+        patch.setattr(stream, "read_prefix", spy.read_prefix)
+        patch.setattr(stream, "chunk_nll", spy.chunk_nll)
         read = ReadSettings(window=window, chunk=chunk, start_in_every_window=everywhere)
         reader = Reader(model, None, documents, read, start_id=start, first_token=first)
         chunks = list(reader)
@@ -151,13 +151,13 @@ def test_scores_equal_a_naive_pass_to_ten_digits(model_of: ModelOf, name: str, m
     model, ids, window, chunk = model_of(name), text(47, 4), 31, 11
     bank = memory_for(model)
     exact: list[Tensor] = []
-    score = stream.token_nll
+    score = stream.chunk_nll
 
-    def keep(logits: Tensor, targets: Tensor) -> Tensor:
-        exact.append(score(logits, targets))
+    def keep(*args: Any) -> Tensor:
+        exact.append(score(*args))
         return exact[-1]
 
-    monkeypatch.setattr(stream, "token_nll", keep)
+    monkeypatch.setattr(stream, "chunk_nll", keep)
     list(Reader(model, bank, [ids], ReadSettings(window=window, chunk=chunk), start_id=START, learn=False))
     for nll, (_, end, lead, left, _, first_target) in zip(exact, plan(47, START, window, chunk, True, 0), strict=True):
         inputs = torch.tensor([*lead, *ids[left : end - 1].tolist()])

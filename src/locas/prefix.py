@@ -1,0 +1,210 @@
+"""The context before a chunk: recomputed for every chunk, or kept from chunk to chunk.
+
+Recomputing is exact: each chunk sees precisely its window, read with the memory as it now is. Keeping saves that pass:
+the keys and values that a chunk left behind serve as the next chunk's context,
+
+    exact:  [start] x x x x x | chunk        kept:  [sinks] k k k k k | chunk
+
+They were made with the memory as it was then, and by tokens that saw context of their own, as in Transformer-XL
+(arXiv:1901.02860). The document's first few tokens, the attention sinks without which a sliding context falls apart
+(arXiv:2309.17453), stand right before the oldest kept token, so that the distances between positions never exceed the
+window; they are read for several chunks ahead in one batch, since each chunk finds them at another place. Positions
+count on from chunk to chunk; every `refresh` chunks the window is recomputed and they start from 0 again.
+
+This needs a backbone that knows positions by their distances only (rotary embeddings, ALiBi); `positions_are_relative`
+finds out by trying.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from locas.forward import call, decoder, device_of, frozen
+
+_PROBE_TOKENS = 5
+_AHEAD = 16  # chunks for which the sinks are read at once
+
+
+@dataclass
+class _Kept:
+    """What stays from chunk to chunk.
+
+    keys, values: by layer, [row, kv_heads, tokens, head_dim]. rows: the document of each. stop: one past the last
+    token's position. reads: chunks since the window was last recomputed. cut: whether older tokens were dropped, so
+    that sinks are needed. sinks: keys and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    rows: list[int]
+    stop: int
+    reads: int
+    cut: bool
+    sinks: list[Tensor]
+
+
+class KeptPrefix:
+    """What one reader keeps of its documents' context.
+
+    Args:
+        model: a causal language model in evaluation mode whose positions are relative.
+        first: for each document its first `sinks` tokens, start token included.
+        limit: tokens of context before a chunk, sinks included.
+        chunk: tokens of a chunk.
+        refresh: recompute the window after so many chunks.
+    """
+
+    def __init__(self, model: nn.Module, first: list[Tensor], limit: int, chunk: int, refresh: int) -> None:
+        self.model, self.first, self.limit, self.chunk, self.refresh = model, first, limit, chunk, refresh
+        self.sinks = max(ids.numel() for ids in first)
+        self._kept: _Kept | None = None
+        self._open: tuple[Any, int, int, list[int], bool, list[Tensor]] | None = None
+
+    def context(self, rows: list[int], prefix: Tensor, n_inputs: int) -> dict[str, Any]:
+        """What the call with a chunk's tokens needs besides them.
+
+        Args:
+            rows: the documents that are read.
+            prefix: [row, seq] the tokens of the window before the chunk, in case it is recomputed.
+            n_inputs: tokens of the chunk.
+        """
+        kept, past, sinks = self._kept, DynamicCache(), []
+        if kept is None or kept.reads >= self.refresh:
+            if prefix.shape[1]:
+                with torch.no_grad():
+                    call(decoder(self.model), prefix, past_key_values=past, use_cache=True)
+            first, reads, cut = prefix.shape[1], 0, False
+        else:
+            pick = [kept.rows.index(row) for row in rows]
+            if kept.cut and self.sinks:
+                sinks = [t[pick] for t in kept.sinks] if kept.sinks else self._read_sinks(rows, kept)
+            for layer, (k, v) in enumerate(zip(kept.keys, kept.values, strict=True)):
+                if sinks:
+                    past.update(sinks[2 * layer][:, 0], sinks[2 * layer + 1][:, 0], layer)
+                past.update(k[pick], v[pick], layer)
+            sinks = [t[:, 1:] for t in sinks] if sinks and sinks[0].shape[1] > 1 else []
+            first, reads, cut = kept.stop, kept.reads, kept.cut
+        self._open = (past, first + n_inputs, reads + 1, rows, cut, sinks)
+        positions = torch.arange(first, first + n_inputs, device=prefix.device)[None].expand(len(rows), -1)
+        return {"past_key_values": past, "use_cache": True, "position_ids": positions}
+
+    def _read_sinks(self, rows: list[int], kept: _Kept) -> list[Tensor]:
+        """Keys and values of the sinks, layer by layer, where the next chunks will look for them."""
+        ids = torch.stack([self.first[row] for row in rows])
+        begin = kept.stop - kept.keys[0].shape[-2] - ids.shape[1]
+        ahead = min(_AHEAD, self.refresh - kept.reads)
+        steps = torch.arange(ahead, device=ids.device) * self.chunk
+        positions = begin + steps[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        past = DynamicCache()
+        with torch.no_grad():
+            call(
+                decoder(self.model),
+                ids.repeat_interleave(ahead, dim=0),
+                past_key_values=past,
+                use_cache=True,
+                position_ids=positions.repeat(len(rows), 1),
+            )
+        return [t.unflatten(0, (len(rows), ahead)) for layer in past.layers for t in (layer.keys, layer.values)]
+
+    def keep(self) -> None:
+        """Keeps what the last call left in its cache, for the next chunk."""
+        if self._open is None:
+            return
+        past, stop, reads, rows, cut, sinks = self._open
+        self._open = None
+        n_sinks = self.sinks
+        length = past.get_seq_length()
+        n = length - (n_sinks if cut else 0)
+        if cut or n > self.limit:
+            n, cut = min(n, self.limit - n_sinks), True
+        keys, values = [], []
+        for layer in past.layers:
+            keys.append(layer.keys.detach()[:, :, length - n :].clone())
+            values.append(layer.values.detach()[:, :, length - n :].clone())
+        self._kept = _Kept(keys, values, rows, stop, reads, cut, sinks)
+
+    def forget(self) -> None:
+        """Recomputes the window at the next chunk."""
+        self._kept = self._open = None
+
+    # ---------------------------------------------------------------- resuming
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next chunk's context depends on; empty where it will be recomputed."""
+        kept = self._kept
+        if kept is None:
+            return {}
+        state = {f"key.{i}": k for i, k in enumerate(kept.keys)} | {f"value.{i}": v for i, v in enumerate(kept.values)}
+        state |= {f"sink.{i}": t.contiguous() for i, t in enumerate(kept.sinks)}
+        numbers = torch.tensor([kept.stop, kept.reads, int(kept.cut), *kept.rows])
+        return state | {"numbers": numbers}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state` returned.
+
+        Raises:
+            ValueError: it does not hang together; nothing was changed.
+        """
+        if not state:
+            self.forget()
+            return
+        device = self.first[0].device
+        keys, values, sinks = (
+            [state[name].to(device) for name in sorted(state, key=_number) if name.startswith(part)]
+            for part in ("key.", "value.", "sink.")
+        )
+        numbers = state["numbers"].tolist() if "numbers" in state else []
+        stop, reads, cut, *rows = numbers if len(numbers) > 2 else [0, 0, 0]
+        shapes = {(t.ndim, t.shape[0], t.shape[-2]) for t in (*keys, *values)}
+        shapes_of_sinks = {(t.ndim, t.shape[0], t.shape[-2]) for t in sinks}
+        if (
+            len(state) != len(keys) + len(values) + len(sinks) + 1
+            or len(keys) != len(values)
+            or len(sinks) not in (0, 2 * len(keys))
+            or not rows
+            or not all(0 <= row < len(self.first) for row in rows)
+            or shapes != {(4, len(rows), keys[0].shape[-2])}
+            or not shapes_of_sinks <= {(5, len(rows), self.sinks)}
+        ):
+            raise ValueError(
+                "this state's kept context does not fit its documents; move the state away to start afresh"
+            )
+        self._kept = _Kept(keys, values, rows, stop, reads, bool(cut), sinks)
+
+
+def _number(name: str) -> int:
+    """Names end in ".2", ".10": by number, not by letters."""
+    return int(name.rpartition(".")[2]) if "." in name else 0
+
+
+def positions_are_relative(model: nn.Module, reach: int) -> bool:
+    """Whether shifting all positions by `reach` leaves the hidden states as they are, up to rounding: found out by
+    running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
+
+    Args:
+        model: a causal language model.
+        reach: the largest shift that will occur, in tokens.
+    """
+    body = decoder(model)
+    ids = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
+    with torch.no_grad(), frozen(model):
+        try:
+            near, shifted, far = (
+                _hidden(call(body, ids, position_ids=torch.arange(_PROBE_TOKENS, device=ids.device)[None] + shift))
+                for shift in (0, 1, reach)
+            )
+        except (TypeError, IndexError, RuntimeError):
+            return False
+    scale = near.norm(dim=-1)
+    rounding = 0.05 if near.dtype in (torch.bfloat16, torch.float16) else 0.01
+    return all(bool(((x - near).norm(dim=-1) <= rounding * scale).all()) for x in (shifted, far))
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = getattr(output, "last_hidden_state", None)
+    return (output.logits if hidden is None else hidden).double()
