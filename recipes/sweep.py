@@ -2,6 +2,7 @@
 
     python recipes/sweep.py ../shared/data/books/dev --grid scale --books 5962,26239 --max-tokens 30000
     python recipes/sweep.py ../shared/data/books/dev --grid whole            # every book, to its end
+    python recipes/sweep.py ../shared/data/books/dev --ablations -o results/ablations.json --max-tokens 16000
     python recipes/sweep.py --table                                          # what has been measured so far
 
 Results go to one JSON file, a row for each (grid entry, book); what is already there is not run again, so a sweep can
@@ -84,7 +85,60 @@ def grids() -> dict[str, list[Entry]]:
         "layers": [Entry("upper half", layers=(3, 4, 5))],
         "whole": [Entry("default")],
         "rank 2": [Entry("rank 2", INIT(rank=2))],
+        **ablations(),
     }
+
+
+def ablations() -> dict[str, list[Entry]]:
+    """One setting at a time away from the default, and initialisations at the paper's settings as well as at ours."""
+    scales = (("the paper's tau", 1.0), ("1 a slot", 64.0), ("4 a slot", 256.0), ("16 a slot", 1024.0))
+    return {
+        "ablate-init": [
+            Entry(f"ours, rank {rank}: {name}{_of(seed)}", INIT(rank=rank, init=init, seed=seed))  # type: ignore[arg-type]
+            for rank in (64, 8)
+            for name, init, seed in _strategies()
+        ],
+        "ablate-init-paper": [
+            Entry(f"paper, {rate}: {name}{_of(seed)}", INIT(init=init, seed=seed, tau_scale=1.0), _adamw(lr))  # type: ignore[arg-type]
+            for rate, lr in (("lr 4e-3", 4e-3), ("lr 1.6e-2", 1.6e-2))
+            for name, init, seed in _strategies()
+        ],
+        "ablate-rank": [Entry(f"rank {r}", INIT(rank=r)) for r in (2, 4, 8, 16, 32, 64, 128)],
+        "ablate-lr": [Entry(f"row step {lr:g}", read=_muon(lr)) for lr in (0.025, 0.05, 0.1, 0.2, 0.4)],
+        "ablate-rule": [Entry(f"adamw {lr:g}", read=_adamw(lr)) for lr in (2e-3, 4e-3, 8e-3)],
+        "ablate-chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (32, 64, 128, 256)],
+        "ablate-steps": [Entry(f"{n} steps a chunk", read=READ(steps=n)) for n in (1, 2, 3)],
+        "ablate-layers": [
+            Entry(f"layers {name}", layers=layers)
+            for name, layers in (
+                ("3-5", (3, 4, 5)),
+                ("0-2", (0, 1, 2)),
+                ("1, 3, 5", (1, 3, 5)),
+                ("5", (5,)),
+                ("0", (0,)),
+            )
+        ],
+        "ablate-clip": [
+            Entry("clipping off", read=READ(write=WRITE(clip=False))),
+            Entry("paper, clipping off", INIT(tau_scale=1.0), READ(write=WRITE(rule="adamw", lr=4e-3, clip=False))),
+        ],
+        "ablate-tau": [Entry(f"tau: {name}", INIT(tau_scale=scale)) for name, scale in scales],
+        "ablate-window": [Entry(f"window {w}", read=READ(window=w, chunk=w // 2)) for w in (64, 128, 256, 512)],
+    }
+
+
+def _strategies() -> list[tuple[str, str, int]]:
+    """(name, strategy, seed): three seeds for the random ones."""
+    fixed = [(name, name, 0) for name in ("top-k", "bottom-k", "activation")]
+    return fixed + [(name, name, seed) for name in ("random-rows", "gaussian") for seed in (0, 1, 2)]
+
+
+def _of(seed: int) -> str:
+    return f", seed {seed}" if seed else ""
+
+
+def _adamw(lr: float) -> locas.ReadSettings:
+    return READ(write=WRITE(rule="adamw", lr=lr))
 
 
 def _muon(lr: float) -> locas.ReadSettings:
@@ -165,6 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="folder with the development books")
     parser.add_argument("--grid", choices=sorted(grids()), action="append", help="which settings (may be repeated)")
+    parser.add_argument("--ablations", action="store_true", help="all grids whose name begins with ablate-")
     parser.add_argument("--books", help="only these, by file stem, with commas between")
     parser.add_argument("--max-tokens", type=int, help="read so many of each book's first tokens (default: all)")
     parser.add_argument("--model", help="backbone (default: the built-in one)")
@@ -183,7 +238,7 @@ def main() -> int:
     backbone = locas.load_backbone(args.model)
     books = sorted(args.folder.glob("*.txt"))
     books = [b for b in books if not args.books or b.stem in args.books.split(",")]
-    for name in args.grid or []:
+    for name in (args.grid or []) + (list(ablations()) if args.ablations else []):
         entries = grids()[name]
         plain = {json.dumps(asdict(e.read), sort_keys=True, default=str): e.read for e in entries}
         sizes = {(r.window, r.chunk, r.start_in_every_window): r for r in plain.values()}

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from locas.evaluate.statistics import paired_bootstrap
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 Row = dict[str, Any]
@@ -16,7 +18,15 @@ Row = dict[str, Any]
 def main() -> int:
     """Writes the page; says which result files are missing."""
     parts = ["# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n"]
-    for name, section in (("dev_books", books), ("sweep", sweep), ("kill_resume", kills)):
+    sections = (
+        ("books", headline),
+        ("dev_books", books),
+        ("tune_baselines", tuned),
+        ("sweep", sweep),
+        ("ablations", ablations),
+        ("kill_resume", kills),
+    )
+    for name, section in sections:
         paths = sorted(RESULTS.glob(f"{name}*.json"))
         for path in paths:
             report = json.loads(path.read_text())
@@ -107,6 +117,100 @@ def sweep(report: Row) -> str:
         for (grid, tokens, name), c in names.items()
     ]
     return "## Choosing the settings\n" + markdown(["setting", "tokens", *columns], lines)
+
+
+def headline(report: Row) -> str:
+    """Test books: every method, what it costs, and its paired differences."""
+    lines, methods = [], report["methods"]
+    for name, m in methods.items():
+        lines.append(
+            [
+                name,
+                f"{m['bits_per_byte']:.4f}",
+                f"{m['perplexity']:.2f}",
+                f"{m['perplexity_chunk_mean']:.2f}",
+                f"{m['parameters']:,}",
+                f"{m['relative_time']:.2f}",
+                f"{m['relative_memory']:.2f}",
+            ]
+        )
+    header = ["method", "bits per byte", "perplexity", "mean of chunks'", "parameters", "time", "memory"]
+    books, tokens = len(report["books"]), sum(b["tokens"] for b in report["books"])
+    seeds = ", ".join(map(str, report["seeds"]))
+    text = (
+        f"## Test books: {books} books, {tokens:,} tokens\nSeeds {seeds}. Perplexity is exp of the mean loss; the mean "
+        "of chunks' is TempLoRA's definition. Time and memory are relative to truncated reading, in the same run.\n\n"
+    )
+    return text + markdown(header, lines) + "\n" + _marks(methods) + _pairs(report["paired"]) + _per_book(report)
+
+
+def _marks(methods: Row) -> str:
+    marks = list(dict.fromkeys(mark for m in methods.values() for mark in m["at"]))
+    if not marks:
+        return ""
+    header = ["perplexity after", *(f"{int(m):,} ({methods['truncation']['at'][m]['books']} books)" for m in marks)]
+    lines = [[name, *(f"{m['at'][k]['perplexity']:.2f}" for k in marks)] for name, m in methods.items()]
+    return markdown(header, lines) + "\n"
+
+
+def _pairs(pairs: list[Row]) -> str:
+    lines = [
+        [
+            f"{p['method']} minus {p['minus']}",
+            f"{p['mean']:+.4f}",
+            "" if p["low"] is None else f"[{p['low']:+.4f}, {p['high']:+.4f}]",
+            f"{p['better_on']} of {p['books']}",
+        ]
+        for p in pairs
+        if p["minus"] in ("truncation", "locas") or p["method"].startswith("locas")
+    ]
+    header = ["bits per byte, paired, mean over books", "difference", "95% interval", "better on"]
+    return markdown(header, lines) + "\n"
+
+
+def _per_book(report: Row) -> str:
+    methods = report["methods"]
+    lines = [
+        [b["name"], f"{b['tokens']:,}", *(f"{m['per_book'][b['name']]['bits_per_byte']:.4f}" for m in methods.values())]
+        for b in report["books"]
+    ]
+    return markdown(["bits per byte", "tokens", *methods], lines)
+
+
+def tuned(report: Row) -> str:
+    """What was tried for each baseline on development books."""
+    ranked = sorted(report["means"].items(), key=lambda item: (item[1] is None, item[1] or 0.0))
+    lines = [
+        [m, "diverged" if mean is None else f"{mean:.4f}", "x" if m in report["chosen"].values() else ""]
+        for m, mean in ranked
+    ]
+    settings = report["settings"]
+    return (
+        f"## Choosing the baselines' settings\nDevelopment books {settings['books']}, their first "
+        f"{settings['max_tokens']:,} tokens.\n\n" + markdown(["setting", "bits per byte", "chosen"], lines)
+    )
+
+
+def ablations(report: Row) -> str:
+    """Each setting's bits per byte against truncated reading, mean over books, with a bootstrap interval over books.
+
+    Seeds of one setting are averaged book by book first.
+    """
+    plain = baselines(report)
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in report["results"]:
+        if row["settings"]["init"] is not None and place(row) in plain:
+            key = (row["grid"], row["settings"]["name"].partition(", seed ")[0])
+            difference = bits(row) - bits(plain[place(row)])
+            found.setdefault(key, {}).setdefault(row["book"], []).append(difference)
+    lines = []
+    for (grid, name), books_ in found.items():
+        mean, low, high = paired_bootstrap([sum(v) / len(v) for v in books_.values()])
+        seeds = max(len(v) for v in books_.values())
+        span = "" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
+        lines.append([f"{grid.removeprefix('ablate-')}: {name}", f"{mean:+.4f}", span, str(len(books_)), str(seeds)])
+    header = ["setting", "bits per byte against truncation", "95% interval", "books", "seeds"]
+    return "## Ablations\n" + markdown(header, lines)
 
 
 def kills(report: Row) -> str:

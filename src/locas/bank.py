@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,7 @@ class Bank:
         """(Re)makes the per-layer views of `rows`: leaves of the autograd graph, one for keys, one for values."""
         self._start: dict[int, int] = {}
         self._leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prepared: dict[int, tuple[Any, Tensor | None, Tensor, Tensor, Tensor | None]] = {}
         self._position = {layer: i for i, layer in enumerate(self.ranks)}
         start = 0
         for layer, rank in self.ranks.items():
@@ -187,43 +188,70 @@ class Bank:
         Raises:
             ValueError: the batch does not fit the index, or the bank where there is none.
         """
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.rows.is_inference():
+            return self._read_prepared(layer, a, index, onto)
         keys, values = (part.to(a.device, a.dtype) for part in self._leaves[layer])
         tau = self.tau[:, self._position[layer]].to(a.device, a.dtype)
         if index is None and self.size == 1:
-            return self._read_one(a, keys, values, tau, onto)
+            return _add(onto, self._gate(F.linear(a, keys)) * tau, values)
+        slots, values, absent = self._gather(keys, values, index, a)
+        if absent is None:
+            return _add(onto, self._gate(a @ slots.mT) * tau[:, None, None], values)
+        # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
+        assert index is not None
+        chosen = spread(index.to(a.device), a.shape[0])
+        tau = tau[chosen.clamp(min=0)].masked_fill(chosen < 0, 0.0)
+        return _add(onto, self._gate(a.masked_fill(absent, 0.0) @ slots.mT) * tau[:, None, None], values)
+
+    def _gather(
+        self, keys: Tensor, values: Tensor, index: Tensor | None, a: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of each row of the batch, zeros where it reads no memory, and [batch, 1, 1] where that is
+        (None: the index is None)."""
         if index is None:
             if a.shape[0] != self.size:
                 raise ValueError(
                     f"a batch of {a.shape[0]} rows cannot read a bank of {self.size} memories one to one; "
                     "pass an index that says which memory each row reads (-1: none)"
                 )
-            return self._read_rows(a, keys, values, tau, onto)
+            return keys, values, None
         if self.size == 1:
             keys, values = keys[None], values[None]
         index = spread(index.to(a.device), a.shape[0])
         chosen, absent = index.clamp(min=0), (index < 0)[:, None, None]
-        # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
-        keys, values = keys[chosen].masked_fill(absent, 0.0), values[chosen].masked_fill(absent, 0.0)
-        tau = tau[chosen].masked_fill(index < 0, 0.0)
-        return self._read_rows(a.masked_fill(absent, 0.0), keys, values, tau, onto)
+        return keys[chosen].masked_fill(absent, 0.0), values[chosen].masked_fill(absent, 0.0), absent
 
-    def _gate(self, both: Tensor, tau: Tensor) -> Tensor:
+    def _read_prepared(self, layer: int, a: Tensor, index: Tensor | None, onto: Tensor | None) -> Tensor:
+        """The same without gradients: what does not depend on `a` (casts, tau times values, each row's memory) is
+        made once and kept until the rows, tau or the index change."""
+        state: tuple[Any, ...] = (self.rows._version, self.tau._version, a.dtype, a.device)
+        if index is not None:
+            state += (id(index), index._version, a.shape[0])
+        kept = self._prepared.get(layer)
+        if kept is None or kept[0] != state or kept[1] is not index:
+            keys, values = (part.detach() for part in self._leaves[layer])
+            tau = (
+                self.tau[:, self._position[layer], None, None] if self.size > 1 else self.tau[0, self._position[layer]]
+            )
+            keys, values = keys.to(a.device, a.dtype), (values * tau).to(a.device, a.dtype)
+            absent = None
+            if index is not None or self.size > 1:
+                keys, values, absent = self._gather(keys, values, index, a)
+                absent = absent if absent is not None and absent.any() else None
+            kept = self._prepared[layer] = (state, index, keys, values, absent)
+        _, _, keys, values, absent = kept
+        if keys.ndim == 2:
+            return _add(onto, self._gate(F.linear(a, keys)), values)
+        if a.shape[0] != keys.shape[0]:
+            self._gather(keys, values, index, a)  # raises
+        a = a if absent is None else a.masked_fill(absent, 0.0)
+        return _add(onto, self._gate(a @ keys.mT), values)
+
+    def _gate(self, both: Tensor) -> Tensor:
         if self.variant == "mlp":
-            return self._act(both) * tau
+            return self._act(both)
         gate, up = both.chunk(2, dim=-1)
-        return self._act(gate) * up * tau
-
-    def _read_one(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor, onto: Tensor | None) -> Tensor:
-        slots = self._gate(F.linear(a, keys), tau)
-        if not _fits(onto, a):
-            return _sum(onto, slots @ values)
-        return torch.addmm(onto.flatten(0, -2), slots.flatten(0, -2), values).view(onto.shape)
-
-    def _read_rows(self, a: Tensor, keys: Tensor, values: Tensor, tau: Tensor, onto: Tensor | None) -> Tensor:
-        slots = self._gate(a @ keys.mT, tau[:, None, None])
-        if not _fits(onto, a):
-            return _sum(onto, slots @ values)
-        return torch.baddbmm(onto, slots, values)
+        return self._act(gate) * up
 
     # ---------------------------------------------------------------- learn
 
@@ -312,15 +340,16 @@ class Bank:
         )
 
 
-def _fits(onto: Tensor | None, a: Tensor) -> TypeGuard[Tensor]:
-    """Whether product and sum may be one operation. Not under autocast: it would round `onto` as well."""
-    if onto is None or onto.dtype != a.dtype or onto.device != a.device:
-        return False
-    return not torch.is_autocast_enabled(a.device.type)
-
-
-def _sum(onto: Tensor | None, added: Tensor) -> Tensor:
-    return added if onto is None else onto + added.to(onto.device, onto.dtype)
+def _add(onto: Tensor | None, slots: Tensor, values: Tensor) -> Tensor:
+    """onto + slots @ values, as one operation where dtypes and devices allow it. Not under autocast: that would round
+    `onto` as well. slots: [batch, seq, rank]; values: [rank, d_model], or for each row [batch, rank, d_model]."""
+    if onto is None:
+        return slots @ values
+    if onto.dtype != slots.dtype or onto.device != slots.device or torch.is_autocast_enabled(slots.device.type):
+        return onto + (slots @ values).to(onto.device, onto.dtype)
+    if values.ndim == 3:
+        return torch.baddbmm(onto, slots, values)
+    return torch.addmm(onto.flatten(0, -2), slots.flatten(0, -2), values).view(onto.shape)
 
 
 def _move_grad_to(total: Tensor) -> Callable[[Tensor], None]:

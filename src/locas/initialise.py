@@ -358,9 +358,16 @@ def stepwise_rows(
 
 
 def empty_slots(bank: Bank) -> Tensor:
-    """[bank] how many slots of each memory are still empty (zero key), in the layer that has most room."""
-    counts = [(bank.slots(layer).k == 0).all(dim=-1).sum(dim=-1) for layer in bank.layers]
+    """[bank] how many slots of each memory are still empty (zero key, not frozen), in the layer that has most room."""
+    counts = [_empty(bank, layer).sum(dim=-1) for layer in bank.layers]
     return torch.stack(counts).amax(dim=0)
+
+
+def _empty(bank: Bank, layer: int) -> Tensor:
+    """[bank, rank] bool: slots that may be filled."""
+    zero = (bank.slots(layer).k == 0).all(dim=-1)
+    frozen = torch.arange(bank.ranks[layer]) < bank.frozen[:, bank.layers.index(layer), None]
+    return zero & ~frozen.to(zero.device)
 
 
 @torch.no_grad()
@@ -385,7 +392,7 @@ def fill_slots(
     most = 0
     for layer in bank.layers:
         slots = bank.slots(layer)
-        free = (slots.k[row] == 0).all(dim=-1).nonzero()[:, 0][: order.numel()]
+        free = _empty(bank, layer)[row].nonzero()[:, 0][: order.numel()]
         chosen = order[: free.numel()].to(slots.k.device)
         slots.k[row, free] = keys[layer].to(slots.k)[chosen]
         slots.v[row, free] = values[layer].to(slots.v)[chosen]

@@ -148,8 +148,14 @@ class Memory:
             "d_model": bank.d_model,
             "ranks": {str(layer): rank for layer, rank in bank.ranks.items()},
             "tau": {str(layer): float(bank.tau[0, i]) for i, layer in enumerate(bank.layers)},
+            **({"frozen": self.frozen} if any(self.frozen.values()) else {}),
             **asdict(self.provenance),
         }
+
+    @property
+    def frozen(self) -> dict[str, int]:
+        """How many of each layer's slots, the first ones, no write changes: {"I": slots}."""
+        return {str(layer): int(self.bank.frozen[0, i]) for i, layer in enumerate(self.bank.layers)}
 
     def __repr__(self) -> str:
         tokens = sum(d.tokens for d in self.provenance.documents)
@@ -279,7 +285,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, tokenizer_sha256: 
         ValueError: not a memory, damaged, of a newer format, or made with another backbone or tokenizer.
     """
     tensors, manifest = load_tensors(path, kind=FORMAT)
-    bank, provenance = _from_manifest(path, tensors, manifest)
+    bank, provenance = from_manifest(path, tensors, manifest)
     memory = Memory(bank, provenance)
     if model is not None:
         memory.check(model)
@@ -293,7 +299,12 @@ def load(path: str | Path, model: nn.Module | None = None, *, tokenizer_sha256: 
     return memory
 
 
-def _from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> tuple[Bank, Provenance]:
+def from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> tuple[Bank, Provenance]:
+    """Bank and provenance of a memory's tensors and manifest, checked completely.
+
+    Raises:
+        ValueError: they do not describe a memory, or not the same one; `path` is what the message calls them.
+    """
     version = manifest.get("version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(
@@ -302,7 +313,7 @@ def _from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[
         )
     try:
         ranks = {_layer(name): _whole(rank) for name, rank in manifest["ranks"].items()}
-        expected = _expected_shapes(manifest["variant"], ranks, _whole(manifest["d_model"]))
+        expected = expected_shapes(manifest["variant"], ranks, _whole(manifest["d_model"]))
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if found != expected:
             wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -316,6 +327,10 @@ def _from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[
         bank.tau[0] = torch.tensor([tau[layer] for layer in bank.layers], dtype=torch.float64)
         if not bool(bank.tau.isfinite().all()):
             raise ValueError("tau is not finite")
+        frozen = {_layer(name): _whole(n) for name, n in manifest.get("frozen", {}).items()}
+        if any(not 0 <= n <= ranks[layer] for layer, n in frozen.items()):
+            raise ValueError(f"{frozen} slots are frozen, of {ranks}")
+        bank.frozen[0] = torch.tensor([frozen.get(layer, 0) for layer in bank.layers])
         provenance = Provenance(
             backbone=_text(manifest["backbone"]),
             backbone_fingerprint=_text(manifest["backbone_fingerprint"]),
@@ -335,7 +350,8 @@ def _from_manifest(path: str | Path, tensors: dict[str, Tensor], manifest: dict[
     return bank, provenance
 
 
-def _expected_shapes(variant: str, ranks: Mapping[int, int], d_model: int) -> dict[str, tuple[int, ...]]:
+def expected_shapes(variant: str, ranks: Mapping[int, int], d_model: int) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors in a memory's file."""
     names = ("gate", "key", "value") if variant == "glu" else ("key", "value")
     return {f"layers.{layer}.{name}": (rank, d_model) for layer, rank in ranks.items() for name in names}
 

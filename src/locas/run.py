@@ -26,6 +26,7 @@ from torch import Tensor
 
 from locas._version import __version__
 from locas.backbone import Backbone
+from locas.grow import freeze, grow
 from locas.initialise import InitSettings
 from locas.memory import Memory, create, load, record_reading
 from locas.metrics import Score
@@ -57,6 +58,8 @@ class RunSettings:
         init_tokens: tokens of the first text whose activations choose the basis; None: its first chunk. With more,
             the choice sees text before it is scored, so the figures are no longer strictly online.
         start_from: a memory file to go on with, in place of a fresh memory.
+        grow: slots that it gets on each layer before reading, made from the first text as `init` says; 0: none.
+        freeze: the slots that it has already stay as they are.
         compare: also score every text without memory.
     """
 
@@ -65,7 +68,15 @@ class RunSettings:
     layers: str = "all"
     init_tokens: int | None = None
     start_from: str | None = None
+    grow: int = 0
+    freeze: bool = False
     compare: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grow < 0:
+            raise ValueError(f"a memory grows by 1 slot or more (0: not at all); got {self.grow}")
+        if self.start_from is None and (self.grow or self.freeze):
+            raise ValueError("only a memory that exists can grow or be frozen: name it (--memory FILE)")
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class Run:
                 f"{self.output} is a folder; give the name of the memory file, e.g. {self.output}/m.safetensors"
             )
         _check_writable(self.output.parent)
-        if self.output.is_file() and not _may_be_replaced(self.output):
+        if self.output.is_file() and not may_be_replaced(self.output):
             raise ValueError(f"{self.output} is not a memory and would be overwritten; delete it, or choose another -o")
         if not self.texts:
             raise ValueError("there is no text to read")
@@ -134,19 +145,32 @@ class Run:
     def _fresh_memory(self) -> Memory:
         settings, backbone = self.settings, self.backbone
         _, chunk = settings.read.sizes(backbone.model)
-        if settings.start_from is not None:
-            return load(settings.start_from, backbone.model, tokenizer_sha256=backbone.tokenizer_sha256)
         if settings.init_tokens is not None and settings.init_tokens < 1:
             raise ValueError(f"init_tokens must be 1 or more; got {settings.init_tokens}")
+        ids = self.texts[0].ids[: settings.init_tokens or chunk]
+        if settings.start_from is not None:
+            return self._continued(settings.start_from, ids)
         return create(
             backbone.model,
-            self.texts[0].ids[: settings.init_tokens or chunk],
+            ids,
             settings.init,
             layers=parse_layers(settings.layers, len(find_sites(backbone.model))),
             start_id=backbone.start_id,
             name=backbone.name,
             tokenizer_sha256=backbone.tokenizer_sha256,
         )
+
+    def _continued(self, path: str, ids: Tensor) -> Memory:
+        settings, backbone = self.settings, self.backbone
+        memory = load(path, backbone.model, tokenizer_sha256=backbone.tokenizer_sha256)
+        if settings.freeze:
+            memory = freeze(memory)
+        if settings.grow:
+            memory = grow(memory, backbone.model, ids, settings.grow, settings.init, start_id=backbone.start_id)
+        frozen = memory.bank.frozen_rows()
+        if frozen is not None and bool(frozen.all()):
+            raise ValueError(f"every slot of {path} is frozen: nothing can be learnt; add slots (--grow 32)")
+        return memory
 
     def _key(self) -> str:
         start = self.settings.start_from
@@ -394,7 +418,7 @@ def _check_writable(folder: Path) -> None:
         raise OSError(f"the folder {folder} cannot be written ({error.strerror}); choose another -o") from error
 
 
-def _may_be_replaced(path: Path) -> bool:
+def may_be_replaced(path: Path) -> bool:
     """Whether an old output is empty or begins like a safetensors file: a text that was named by mistake does not."""
     with path.open("rb") as file:
         head = file.read(9)

@@ -180,7 +180,7 @@ def test_a_read_that_is_dropped_or_breaks_is_noted_too(model_of: ModelOf) -> Non
 
     reading = read(model, memory, ids, READ)
     next(reading)
-    handle = model.register_forward_pre_hook(stop)
+    handle = model.get_input_embeddings().register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         next(reading)
     handle.remove()

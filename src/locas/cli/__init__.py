@@ -1,5 +1,5 @@
-"""The command line: `locas memorize`, `score`, `generate`, `chat`, `compose`, `merge`, `unmerge`,
-`info`, `demo`.
+"""The command line: `locas memorize`, `score`, `generate`, `chat`, `compose`, `compress`, `merge`,
+`unmerge`, `info`, `eval`, `report`, `demo`.
 
 Flags are generated from the settings' dataclasses, where their defaults and help texts stand.
 """
@@ -19,10 +19,13 @@ import tyro
 from locas._version import __version__
 from locas.cli.common import UserError, fail, out, print_json
 from locas.cli.compose import Compose
+from locas.cli.compress import Compress
 from locas.cli.demo import Demo
+from locas.cli.evaluate import Evaluate
 from locas.cli.info import Info
 from locas.cli.memorize import Memorize, memorize_defaults
 from locas.cli.merge import Merge, Unmerge
+from locas.cli.report import Report
 from locas.cli.score import ScoreText
 from locas.cli.talk import Chat, Generate
 
@@ -84,9 +87,12 @@ def _parse(args: list[str]) -> Any:
         | Annotated[Generate, sub("generate")]
         | Annotated[Chat, sub("chat")]
         | Annotated[Compose, sub("compose")]
+        | Annotated[Compress, sub("compress")]
         | Annotated[Merge, sub("merge")]
         | Annotated[Unmerge, sub("unmerge")]
         | Annotated[Info, sub("info")]
+        | Annotated[Evaluate, sub("eval")]
+        | Annotated[Report, sub("report")]
         | Annotated[Demo, sub("demo")]
     )
     return tyro.cli(

@@ -84,6 +84,9 @@ def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[
         "memory", f"Locas-{manifest['variant'].upper()}, {manifest['activation']}, format {manifest['version']}"
     )
     table.add_row("backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
+    if "frozen" in manifest:
+        slots, total = sum(manifest["frozen"].values()), sum(manifest["ranks"].values())
+        table.add_row("frozen", f"{slots:,} of {total:,} slots: reading on does not change them")
     table.add_row("parameters", f"{parameters:,}  ({size / 2**20:.2f} MiB)")
     table.add_row("read", f"{tokens:,} tokens in {len(manifest['documents'])} texts" if tokens else "nothing yet")
     for document in manifest["documents"]:
@@ -105,6 +108,8 @@ def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[
 
 
 def _flat(settings: Any) -> str:
+    if isinstance(settings, list):
+        return ", ".join(f"({_flat(value)})" for value in settings)
     if not isinstance(settings, dict):
         return str(settings)
     return "  ".join(f"{k}={_flat(v)}" if not isinstance(v, dict) else f"{k}({_flat(v)})" for k, v in settings.items())

@@ -55,6 +55,7 @@ class Memorize:
         locas memorize book.txt -o book.safetensors --compare
         locas memorize src/ -o code.safetensors --model Qwen/Qwen3-0.6B-Base
         cat notes.md | locas memorize - -o notes.safetensors --memory book.safetensors
+        locas memorize b.txt -o ab.safetensors --memory a.safetensors --grow 32 --freeze
     """
 
     text: TextOptions
@@ -63,6 +64,11 @@ class Memorize:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Go on with this memory; its rank, layers and initialisation stay as they are."""
+    grow: int = 0
+    """With --memory: add so many slots to each layer, made from the first text (--init, --seed)."""
+    freeze: bool = False
+    """With --memory: the slots that it has stay as they are, to the last bit, so that nothing is overwritten; add
+    others with --grow."""
     compare: bool = False
     """Also read every text without memory, and show the difference (costs about the time of reading)."""
     resume: bool = False
@@ -89,6 +95,8 @@ class Memorize:
             layers=self.layers,
             init_tokens=self.init_tokens,
             start_from=self.memory,
+            grow=self.grow,
+            freeze=self.freeze,
             compare=self.compare,
         )
 

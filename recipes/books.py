@@ -1,0 +1,72 @@
+"""The headline comparison: every test book, read online by every method.
+
+    python recipes/books.py ../shared/data/books/test -o runs/books                    # whole books
+    python recipes/books.py ../shared/data/books/test -o runs/books --max-tokens 30000  # their beginnings
+
+Baselines run with the settings that `recipes/tune_baselines.py` chose on the development books. Losses, page and
+pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on. Two
+processes may work on different books (--books) with one folder; a last run over all of them puts the results together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from locas.cli import main as locas
+from locas.store import write_atomically
+
+ROOT = Path(__file__).parents[1]
+METHODS = (
+    "truncation",
+    "locas",
+    "locas-paper",
+    "templora-paper",
+    "templora-tuned",
+    "lora-pissa",
+    "lora-eva",
+    "ffn-inplace",
+    "dynamic",
+)  # attention is truncation where the window is all that the backbone was trained for
+
+
+def methods(names: list[str], tuned: Path) -> list[str]:
+    """The methods with the options that were chosen for them, e.g. "dynamic:lr=0.0003:steps=2"."""
+    chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else {}
+    return [chosen.get(name, name) for name in names]
+
+
+def main() -> int:
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with the books")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for losses, page and pictures")
+    parser.add_argument("--max-tokens", type=int, help="read so many of each book's first tokens (default: all)")
+    parser.add_argument("--books", help="only these, by file stem, with commas between")
+    parser.add_argument("--methods", default=",".join(METHODS), help="with commas between (default: %(default)s)")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--model", help="backbone (default: the built-in one)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--tuned", type=Path, default=ROOT / "results" / "tune_baselines.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "books.json")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    books = sorted(p for p in args.folder.glob("*.txt") if not args.books or p.stem in args.books.split(","))
+    names = ",".join(methods(args.methods.split(","), args.tuned))
+    command = ["eval", "books", *map(str, books), "--gutenberg", "--reflow", "--methods", names]
+    command += ["--seeds", args.seeds, "-o", str(args.output)]
+    command += ["--max-tokens", str(args.max_tokens)] if args.max_tokens else []
+    command += ["--model", args.model] if args.model else []
+    status = locas(command)
+    if status == 0 and not args.books:
+        write_atomically(args.results, (args.output / "results.json").read_bytes())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

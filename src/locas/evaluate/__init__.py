@@ -1,0 +1,1 @@
+"""Measuring memories beside what people use instead: learners, books, statistics, reports."""

@@ -1,0 +1,156 @@
+"""From per-token losses of books to the figures that are reported."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from locas.evaluate.book import Book, Method
+from locas.evaluate.books import REFERENCE, BooksRun, Losses
+from locas.evaluate.statistics import LEVEL, RESAMPLES, cut, paired, perplexities
+from locas.metrics import Score
+
+FORMAT, VERSION = "locas-books", 1
+MARKS_TOKENS = (50_000, 100_000, 150_000, 200_000)  # where the literature reports
+Figures = dict[str, Any]
+
+
+def results(run: BooksRun) -> Figures:
+    """The result file of a run that is complete.
+
+    Raises:
+        ValueError: a file of losses is damaged or of another run.
+        FileNotFoundError: something has not been measured yet.
+    """
+    measured: dict[str, dict[str, list[Losses]]] = {m.label: {b.name: [] for b in run.books} for m in run.methods}
+    for unit in run.units:
+        measured[unit.method.label][unit.book.name].append(run.losses(unit))
+    plain = measured[REFERENCE]
+    methods = {m.label: _method(run, m, measured[m.label], plain) for m in run.methods}
+    commits = {x.manifest["commit"] for books in measured.values() for runs in books.values() for x in runs}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **run.environment,
+        "measured_at_commits": sorted(str(c) for c in commits),
+        "seeds": run.seeds,
+        "settings": {"read": asdict(run.read), "methods": {k: asdict(s) for k, s in run.setups.items()}},
+        "books": [_book(b) | {"text": run.text_path(b).relative_to(run.folder).as_posix()} for b in run.books],
+        "methods": methods,
+        "paired": _pairs(methods),
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "over": "books", "seed": 0},
+    }
+
+
+def _method(
+    run: BooksRun, method: Method, measured: dict[str, list[Losses]], plain: dict[str, list[Losses]]
+) -> Figures:
+    books = {b.name: _on_book(b, measured[b.name], plain[b.name]) for b in run.books}
+    runs = list(itertools.chain.from_iterable(measured.values()))
+    first = runs[0]
+    return {
+        **_pool([b["whole"] for b in books.values()]),
+        "bits_per_byte_mean_over_books": _mean(b["bits_per_byte"] for b in books.values()),
+        "at": {
+            str(mark): {"books": len(some), **_pool(some)}
+            for mark in MARKS_TOKENS
+            if (some := [b["at"][str(mark)] for b in books.values() if str(mark) in b["at"]])
+        },
+        "parameters": first.n_parameters,
+        "parameters_relative": first.n_parameters / run.backbone.n_parameters,
+        "seconds": sum(_mean(x.seconds for x in measured[b.name]) for b in run.books),
+        "relative_time": _mean(b["relative_time"] for b in books.values()),
+        "peak_bytes": max(x.peak_bytes for x in runs),
+        "relative_memory": _mean(b["relative_memory"] for b in books.values()),
+        "undone": sum(x.undone for x in runs),
+        "seeds": sorted({int(x.manifest["seed"]) for x in runs}),
+        "per_book": {
+            name: {**b.pop("whole"), **b, "losses": [_file(run, x, name, method) for x in run.seeds_of(method)]}
+            for name, b in books.items()
+        },
+    }
+
+
+def _on_book(book: Book, runs: Sequence[Losses], plain: Sequence[Losses]) -> Figures:
+    """One method on one book: means over seeds, and what each seed gave."""
+    n = book.ids.numel()
+    whole = _upto(book, runs, n)
+    return {
+        "whole": whole,
+        "bits_per_byte": whole["bits_per_byte"],
+        "bits_per_byte_of_seeds": [Score.of(x.nll, len(book.text)).bits_per_byte for x in runs],
+        "at": {str(mark): _upto(book, runs, mark) for mark in MARKS_TOKENS if mark <= n},
+        "seconds": _mean(x.seconds for x in runs),
+        "relative_time": _mean(x.relative_time for x in runs),
+        "peak_bytes": max(x.peak_bytes for x in runs),
+        "relative_memory": max(x.peak_bytes for x in runs) / p if (p := plain[0].peak_bytes) else math.nan,
+    }
+
+
+def _upto(book: Book, runs: Sequence[Losses], tokens: int) -> Figures:
+    """Figures of a book's first `tokens` tokens, mean over seeds; `nll` is the sum, in nats."""
+    n_bytes = int(book.ends[tokens - 1])
+    scores = [Score.of(x.nll[:tokens], n_bytes) for x in runs]
+    nll = _mean(s.nll for s in scores)
+    scored = scores[0].tokens
+    chunked = _mean(perplexities(x.nll[:tokens], cut(x.stops, tokens))[1] for x in runs)
+    return {**_figures(Score(scored, n_bytes, nll)), "perplexity_chunk_mean": chunked}
+
+
+def _pool(parts: Sequence[Figures]) -> Figures:
+    """Several books taken as one text; chunk-mean perplexity weighted by tokens, as its definition has it."""
+    total = Score(0, 0, 0.0)
+    for part in parts:
+        total = total + Score(part["tokens"], part["bytes"], part["nll"])
+    chunked = sum(p["perplexity_chunk_mean"] * p["tokens"] for p in parts if p["tokens"])
+    return {**_figures(total), "perplexity_chunk_mean": chunked / total.tokens if total.tokens else math.nan}
+
+
+def _figures(score: Score) -> Figures:
+    return {
+        "tokens": score.tokens,
+        "bytes": score.n_bytes,
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
+
+
+def _pairs(methods: Figures) -> list[Figures]:
+    """Every method minus every one listed before it, in bits per byte, book by book."""
+    pairs = []
+    for other, one in itertools.combinations(methods, 2):
+        bits = [{k: b["bits_per_byte"] for k, b in methods[m]["per_book"].items()} for m in (one, other)]
+        found = paired(*bits)
+        pairs.append(
+            {
+                "method": one,
+                "minus": other,
+                "mean": found.interval.mean,
+                "low": found.interval.low,
+                "high": found.interval.high,
+                "better_on": found.better,
+                "books": len(found.differences),
+                "per_book": found.differences,
+            }
+        )
+    return pairs
+
+
+def _book(book: Book) -> Figures:
+    return {"name": book.name, "tokens": book.ids.numel(), "bytes": len(book.text), "sha256": book.sha256}
+
+
+def _file(run: BooksRun, seed: int, book: str, method: Method) -> str:
+    """Where the losses lie, relative to the run's folder."""
+    (unit,) = [u for u in run.units if (u.seed, u.book.name, u.method.label) == (seed, book, method.label)]
+    return unit.path.relative_to(run.folder).as_posix()
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of those that are numbers."""
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,261 @@
+"""Everything that learns a text while reading it, behind one interface.
+
+    learner = make("templora-tuned", backbone, ReadSettings())
+    for record in learner.read(ids):      # scores a chunk, then learns from it
+        print(record.stop, record.nll.mean())
+    with learner.active():                # the backbone acts with all that was learnt
+        backbone.model.generate(...)
+    learner.close()
+
+Same tokens, same windows, same scoring code for all: that of `locas.stream.Reader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from locas.attach import attached
+from locas.backbone import Backbone
+from locas.bank import Bank
+from locas.evaluate.changes import need_peft
+from locas.evaluate.weights import RECIPES, Recipe, WeightLearner
+from locas.forward import trained_context
+from locas.initialise import InitSettings, create_bank
+from locas.run import parse_layers
+from locas.sites import find_sites
+from locas.stream import ChunkRecord, Reader, ReadSettings
+from locas.write import WriteSettings
+
+Option = float | int | str | bool
+Options = Mapping[str, Option]
+LONG_WINDOW_TOKENS = 16_384  # the paper's long attention
+
+
+class Learner(Protocol):
+    """Something that learns a text while reading it.
+
+    Attributes:
+        name: of the method.
+        n_parameters: extra trainable numbers; 0 where nothing is learnt.
+    """
+
+    name: str
+
+    @property
+    def n_parameters(self) -> int: ...
+
+    def read(self, ids: Tensor) -> Iterator[ChunkRecord]:
+        """Scores each chunk of `ids` [n] first, then learns it; may be called again with another text."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Inside, the backbone acts with all that was learnt so far; outside it is what it was."""
+
+    def tensors(self) -> list[Tensor]:
+        """What the method keeps besides the backbone."""
+
+    def close(self) -> None:
+        """Ends it; the backbone is byte for byte what it was. May be called twice."""
+
+
+class Truncated:
+    """No memory: the window's context only."""
+
+    n_parameters = 0
+
+    def __init__(self, name: str, backbone: Backbone, settings: ReadSettings) -> None:
+        settings.sizes(backbone.model)
+        self.name, self.backbone, self.settings = name, backbone, settings
+
+    def read(self, ids: Tensor) -> Iterator[ChunkRecord]:
+        """Scores each chunk of `ids` [n]."""
+        for (record,) in Reader(self.backbone.model, None, [ids], self.settings, start_id=self.backbone.start_id):
+            assert record is not None
+            yield record
+
+    def active(self) -> AbstractContextManager[None]:
+        """Nothing was learnt."""
+        return nullcontext()
+
+    def tensors(self) -> list[Tensor]:
+        """None."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+class Locas:
+    """A memory, made from the first chunk that is read."""
+
+    def __init__(
+        self, name: str, backbone: Backbone, settings: ReadSettings, init: InitSettings, layers: str = "all"
+    ) -> None:
+        self.name, self.backbone, self.settings, self.init = name, backbone, settings, init
+        _, self._chunk = settings.sizes(backbone.model)
+        sites = find_sites(backbone.model)
+        self.layers = parse_layers(layers, len(sites))
+        chosen = [s for layer, s in sites.items() if self.layers is None or layer in self.layers]
+        gated = init.variant == "glu" or (init.variant == "auto" and chosen[0].gated)
+        self.n_parameters = sum((3 if gated else 2) * init.rank * s.d_model for s in chosen)
+        self.bank: Bank | None = None
+        self._reader: Reader | None = None
+        self._closed = False
+
+    def read(self, ids: Tensor) -> Iterator[ChunkRecord]:
+        """Scores each chunk of `ids` [n] with what the memory knows so far, then writes it."""
+        model, start_id = self.backbone.model, self.backbone.start_id
+        if self._closed:
+            raise ValueError(f"{self.name} was closed; make a new learner")
+        if self.bank is None:
+            self.bank = create_bank(model, ids[: self._chunk], self.init, layers=self.layers, start_id=start_id)
+        self._reader = Reader(model, self.bank, [ids], self.settings, start_id=start_id)
+        for (record,) in self._reader:
+            assert record is not None
+            yield record
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Inside, the memory is attached."""
+        return nullcontext() if self.bank is None else attached(self.backbone.model, self.bank)
+
+    def tensors(self) -> list[Tensor]:
+        """The memory's rows, and what the write rule keeps, the copy for undoing the last write included."""
+        state = {} if self._reader is None else self._reader.state()
+        return [t for name, t in state.items() if name != "position"]
+
+    def close(self) -> None:
+        """Drops the memory."""
+        self.bank, self._reader, self._closed = None, None, True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A method with every setting resolved: what its results depend on, besides backbone, text and seed.
+
+    Attributes:
+        name: of the method.
+        read: window, chunk; for memories also the write rule.
+        init: how the memory is made, for memories.
+        layers: that get one.
+        recipe: how weights are trained, for methods that train weights.
+    """
+
+    name: str
+    read: ReadSettings
+    init: InitSettings | None = None
+    layers: str = "all"
+    recipe: Recipe | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether another seed can change what it does."""
+        if self.recipe is not None:
+            begins_randomly = self.recipe.trains == "lora" and self.recipe.init == "default"
+            return begins_randomly or self.recipe.whole_window  # which is in training mode, with dropout
+        return self.init is not None and self.init.init in ("random-rows", "gaussian")
+
+
+def make(
+    name: str, backbone: Backbone, settings: ReadSettings, *, seed: int = 0, options: Options | None = None
+) -> Learner:
+    """A fresh learner, for one document.
+
+    Args:
+        name: one of `LEARNERS`.
+        backbone: model and tokenizer; it is never changed, except inside `active()`.
+        settings: window, chunk, and the memory's write rule; shared by all that are compared.
+        seed: of everything random: initialisation, dropout.
+        options: hyperparameters in place of the method's own, by name, e.g. {"rank": 8, "lr": 1e-3}.
+
+    Raises:
+        ValueError: an unknown method or option, settings that do not fit, or a missing optional package.
+    """
+    setup = resolve(name, backbone, settings, options)
+    return LEARNERS[name](backbone, setup, seed)
+
+
+def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Options | None = None) -> Setup:
+    """Every setting that `make` would use. Raises ValueError as `make` does, before anything is built."""
+    if name not in LEARNERS:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(LEARNERS)}")
+    if settings.start_in_every_window is None:
+        settings = replace(settings, start_in_every_window=backbone.start_in_every_window)
+    left, allowed = dict(options or {}), ["window", "chunk"]
+    settings = _take(name, settings, left, ("window", "chunk"))
+    window, chunk = settings.sizes(backbone.model)
+    if name == "attention" and "window" not in (options or {}):
+        # The longest window that the backbone was trained for, up to the paper's; chunks as everywhere else.
+        longest = min(trained_context(backbone.model) or LONG_WINDOW_TOKENS, LONG_WINDOW_TOKENS)
+        window = max(window, longest)
+    setup = Setup(name, replace(settings, window=window, chunk=chunk))
+    if name in RECIPES:
+        allowed += [f.name for f in fields(Recipe)]
+        recipe = _take(name, RECIPES[name], left, allowed)
+        setup = replace(setup, recipe=recipe)
+        if recipe.trains == "lora":
+            need_peft()
+    elif name in MEMORIES:
+        setup, more = _memory_setup(setup, backbone, left)
+        allowed += more
+    if left:
+        raise ValueError(f"{name} has no option {', '.join(map(repr, left))}; it has {', '.join(allowed)}")
+    return setup
+
+
+MEMORIES = ("locas", "locas-paper")
+
+
+def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tuple[Setup, list[str]]:
+    """The setup of a memory, and the options that it takes."""
+    init, read, name = InitSettings(), setup.read, setup.name
+    if name == "locas-paper":  # output scale, write rule and rate of arXiv:2602.05085; AdamW where it is silent
+        init, read = replace(init, tau_scale=1.0), replace(read, write=WriteSettings(rule="adamw", lr=4e-3))
+    of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
+    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", "reuse", "refresh", "sinks"]
+    layers = str(left.pop("layers", "all"))
+    parse_layers(layers, len(find_sites(backbone.model)))
+    read = replace(_take(name, read, left, of_read), write=_take(name, read.write, left, of_write))
+    return replace(setup, init=_take(name, init, left, of_init), read=read, layers=layers), [
+        "layers",
+        *of_init,
+        *of_read,
+        *of_write,
+    ]
+
+
+def _take(name: str, settings: Any, options: dict[str, Any], mine: Sequence[str]) -> Any:
+    """`settings` with those of `options` that are its own, which are taken out of `options`."""
+    taken = {key: options.pop(key) for key in mine if key in options and hasattr(settings, key)}
+    try:
+        return replace(settings, **taken)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+# -------------------------------------------------------------------- builders
+
+
+def _truncated(backbone: Backbone, setup: Setup, seed: int) -> Learner:
+    return Truncated(setup.name, backbone, setup.read)
+
+
+def _locas(backbone: Backbone, setup: Setup, seed: int) -> Learner:
+    assert setup.init is not None
+    return Locas(setup.name, backbone, setup.read, replace(setup.init, seed=seed), setup.layers)
+
+
+def _weights(backbone: Backbone, setup: Setup, seed: int) -> Learner:
+    assert setup.recipe is not None
+    return WeightLearner(setup.name, backbone, setup.read, setup.recipe, seed=seed)
+
+
+LEARNERS: dict[str, Callable[[Backbone, Setup, int], Learner]] = {
+    "truncation": _truncated,
+    "attention": _truncated,
+    **dict.fromkeys(MEMORIES, _locas),
+    **dict.fromkeys(RECIPES, _weights),
+}
