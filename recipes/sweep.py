@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ from locas.store import write_atomically
 from locas.text import collect
 
 INIT, READ, WRITE = locas.InitSettings, locas.ReadSettings, locas.WriteSettings
-PAPER = WRITE(rule="adamw", lr=4e-3)
+CONSTANT = {
+    "boost": 1.0,
+    "floor": 1.0,
+}  # the same step throughout: of the paper, and of grids run before there was a schedule
+PAPER = WRITE(rule="adamw", lr=4e-3, **CONSTANT)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class Entry:
 def grids() -> dict[str, list[Entry]]:
     """Every grid, by name."""
     scale = [
-        Entry(f"rank {rank}, tau {per_slot:g} a slot, lr {lr:g}", INIT(rank=rank, tau_scale=per_slot * rank), _muon(lr))
+        Entry(
+            f"rank {rank}, tau {per_slot:g} a slot, lr {lr:g}",
+            INIT(rank=rank, tau_scale=per_slot * rank),
+            _constant(lr),
+        )
         for rank, choices in (
             (2, ((4.0, 0.1), (16.0, 0.1), (16.0, 0.05), (4.0, 0.2), (64.0, 0.05))),
             (64, ((2.0, 0.1), (2.0, 0.2), (4.0, 0.05), (4.0, 0.1), (4.0, 0.2))),
@@ -60,9 +68,24 @@ def grids() -> dict[str, list[Entry]]:
     return {
         "scale": scale,
         "momentum": [
-            Entry(f"momentum {m:g}, lr {lr:g}", INIT(tau_scale=256.0), READ(write=WRITE(momentum=m, lr=lr)))
+            Entry(f"momentum {m:g}, lr {lr:g}", INIT(tau_scale=256.0), READ(write=WRITE(momentum=m, lr=lr, **CONSTANT)))
             for m in (0.0, 0.5, 0.7, 0.8, 0.9)
             for lr in (0.05, 0.1)
+        ],
+        "schedule": [
+            Entry(
+                f"boost {boost:g}, floor {floor:g}, tau {per_slot:g} a slot, lr {lr:g}",
+                INIT(tau_scale=64 * per_slot),
+                READ(write=WRITE(lr=lr, boost=boost, floor=floor)),
+            )
+            for boost, floor, per_slot, lr in (
+                (1.0, 1.0, 16.0, 0.05),
+                (4.0, 1.0, 4.0, 0.1),
+                (4.0, 0.25, 4.0, 0.1),
+                (4.0, 0.25, 8.0, 0.07),
+                (3.0, 0.25, 8.0, 0.07),
+                (6.0, 0.25, 4.0, 0.1),
+            )
         ],
         "chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (64, 128, 256)],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
@@ -72,9 +95,7 @@ def grids() -> dict[str, list[Entry]]:
             for rank in (64, 8)
             for name in ("top-k", "bottom-k", "random-rows", "gaussian", "activation")
         ],
-        "adamw": [
-            Entry(f"adamw lr {lr:g}", read=READ(write=WRITE(rule="adamw", lr=lr))) for lr in (4e-3, 8e-3, 1.6e-2)
-        ],
+        "adamw": [Entry(f"adamw lr {lr:g}", read=_adamw(lr)) for lr in (4e-3, 8e-3, 1.6e-2)],
         "paper": [Entry("paper", INIT(tau_scale=1.0), READ(write=PAPER))],
         "mlp": [
             Entry(f"mlp, {init}, tau {s:g} a slot, fill {e:g}", _mlp(init, s), READ(fill_eps=e))
@@ -120,7 +141,7 @@ def ablations() -> dict[str, list[Entry]]:
         ],
         "ablate-clip": [
             Entry("clipping off", read=READ(write=WRITE(clip=False))),
-            Entry("paper, clipping off", INIT(tau_scale=1.0), READ(write=WRITE(rule="adamw", lr=4e-3, clip=False))),
+            Entry("paper, clipping off", INIT(tau_scale=1.0), READ(write=replace(PAPER, clip=False))),
         ],
         "ablate-tau": [Entry(f"tau: {name}", INIT(tau_scale=scale)) for name, scale in scales],
         "ablate-window": [Entry(f"window {w}", read=READ(window=w, chunk=w // 2)) for w in (64, 128, 256, 512)],
@@ -138,11 +159,15 @@ def _of(seed: int) -> str:
 
 
 def _adamw(lr: float) -> locas.ReadSettings:
-    return READ(write=WRITE(rule="adamw", lr=lr))
+    return READ(write=replace(PAPER, lr=lr))
 
 
 def _muon(lr: float) -> locas.ReadSettings:
     return READ(write=WRITE(lr=lr))
+
+
+def _constant(lr: float) -> locas.ReadSettings:
+    return READ(write=WRITE(lr=lr, **CONSTANT))
 
 
 def _mlp(init: str, per_slot: float) -> locas.InitSettings:

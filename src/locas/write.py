@@ -36,6 +36,9 @@ class WriteSettings:
     Attributes:
         rule: "muon" (orthogonalised momentum) or "adamw".
         lr: the learning rate. muon: the length by which a row moves; adamw: about an entry's change.
+        boost: the first step of a memory that holds nothing yet is so many times `lr`; update n (from 0) then makes
+            max(floor, boost / sqrt(n + 1)) times `lr`. 1, with a floor of 1: the same step throughout.
+        floor: see `boost`. A memory that already holds something begins at `lr` itself, not at the boost.
         momentum: muon's decay of past gradients.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
@@ -45,6 +48,8 @@ class WriteSettings:
 
     rule: Rule = "muon"
     lr: float = 0.1
+    boost: float = 4.0
+    floor: float = 0.25
     momentum: float = 0.7
     beta1: float = 0.9
     beta2: float = 0.999
@@ -56,11 +61,24 @@ class WriteSettings:
             raise ValueError(f"write rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a positive number; got {self.lr}")
+        if not (1 <= self.boost < math.inf):
+            raise ValueError(f"boost must be 1 (none) or more; got {self.boost}")
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor must be above 0, and 1 (no decay) at most; got {self.floor}")
         for name in ("momentum", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
         if not self.eps > 0:
             raise ValueError(f"eps must be positive; got {self.eps}")
+
+    @property
+    def settled(self) -> int:
+        """The number of the update whose step is `lr`."""
+        return math.ceil(self.boost**2) - 1
+
+    def schedule(self, number: Tensor) -> Tensor:
+        """Multiplier of `lr` for updates of these numbers (integers, from 0), in float64."""
+        return (self.boost / (number + 1).to(torch.float64).sqrt()).clamp(min=self.floor)
 
 
 class Writer:
@@ -70,6 +88,7 @@ class Writer:
         scale: [bank] multiplier of the step, halved for a memory whenever one of its writes was undone.
         moments: the rule's running averages, each [bank, n_rows, d_model].
         counts: [bank] updates made.
+        begun: [bank] where in the schedule of steps each memory began: at 0 if its values were all zero.
     """
 
     def __init__(self, bank: Bank, settings: WriteSettings) -> None:
@@ -78,6 +97,8 @@ class Writer:
         self.moments = [torch.zeros_like(bank.rows) for _ in range(1 if settings.rule == "muon" else 2)]
         self.counts = torch.zeros(bank.size, dtype=torch.int64, device=bank.device)
         self.scale = torch.ones(bank.size, dtype=torch.float64, device=bank.device)
+        values = [bank.slots(layer).v.abs().amax(dim=(1, 2)) for layer in bank.layers]
+        self.begun = torch.where(torch.stack(values).amax(dim=0) > 0, settings.settled, 0)
         self._before: list[Tensor] | None = None
 
     def _live(self) -> list[Tensor]:
@@ -103,10 +124,11 @@ class Writer:
         frozen = self.bank.frozen_rows()
         if frozen is not None:
             grad = grad.masked_fill(frozen[..., None], 0.0)
+        step = self.scale * share * self.settings.schedule(self.begun + self.counts)
         self.counts += 1
         delta = self._muon(grad) if self.settings.rule == "muon" else self._adamw(grad)
         active = share > 0
-        self.bank.rows.sub_(delta.mul_((self.scale * share)[:, None, None].to(delta.dtype)))
+        self.bank.rows.sub_(delta.mul_(step[:, None, None].to(delta.dtype)))
         if self.settings.clip:
             self.bank.clip_rows()
         if frozen is not None:  # clipping may have touched them
@@ -177,7 +199,7 @@ class Writer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next writes depend on, besides the bank itself."""
-        state = {"counts": self.counts, "scale": self.scale}
+        state = {"counts": self.counts, "scale": self.scale, "begun": self.begun}
         state |= {f"moment.{i}": m for i, m in enumerate(self.moments)}
         if self._before is not None:
             state |= {f"before.{i}": t for i, t in enumerate(self._before)}
@@ -187,6 +209,7 @@ class Writer:
         """Takes over what `state` returned, from a writer of the same bank layout and settings."""
         self.counts.copy_(state["counts"])
         self.scale.copy_(state["scale"])
+        self.begun.copy_(state["begun"])
         for i, moment in enumerate(self.moments):
             moment.copy_(state[f"moment.{i}"])
         self._before = None

@@ -14,6 +14,7 @@ from locas.write import Rule, Writer, WriteSettings, orthogonalise
 D_MODEL = 7
 RANKS = {0: 3, 2: 3, 3: 5, 5: 11}
 RULES: list[Rule] = ["muon", "adamw"]
+CONSTANT: dict[str, Any] = {"boost": 1.0, "floor": 1.0}  # the same step throughout
 both = pytest.mark.parametrize("rule", RULES)
 
 
@@ -28,7 +29,7 @@ def gradient(bank: Bank, seed: int, scale: float = 1.0) -> Tensor:
 
 def live(writer: Writer) -> dict[str, Tensor]:
     moments = {f"moment.{i}": moment for i, moment in enumerate(writer.moments)}
-    return {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, **moments}
+    return {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, "begun": writer.begun, **moments}
 
 
 def copies(writer: Writer) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def flags(*on: int) -> Tensor:
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_adamw_is_torchs_without_decay_memory_by_memory(clip: bool) -> None:
-    settings = WriteSettings("adamw", lr=0.03, beta1=0.83, beta2=0.97, eps=1e-3, clip=clip)
+    settings = WriteSettings("adamw", lr=0.03, beta1=0.83, beta2=0.97, eps=1e-3, clip=clip, **CONSTANT)
     bank = make(3)
     writer = Writer(bank, settings)
     ours, theirs = [], []
@@ -76,7 +77,7 @@ def test_adamw_is_torchs_without_decay_memory_by_memory(clip: bool) -> None:
 
 def test_adamw_in_float32_corrects_its_bias_in_full_precision() -> None:
     """1 - beta2 ** t, rounded to float32 before the subtraction, would be wrong in the fifth digit."""
-    settings = WriteSettings("adamw", lr=1.0, clip=False, eps=1e-30)
+    settings = WriteSettings("adamw", lr=1.0, clip=False, eps=1e-30, **CONSTANT)
     bank = make(dtype=torch.float32)
     bank.rows.zero_()
     Writer(bank, settings).write(gradient(bank, 0), flags(1))
@@ -132,7 +133,7 @@ def test_orthogonalise_leaves_zero_and_its_neighbours_alone() -> None:
 
 
 def test_muon_is_the_formula_matrix_by_matrix() -> None:
-    bank, settings = make(2), WriteSettings("muon", lr=0.07, momentum=0.6, clip=False)
+    bank, settings = make(2), WriteSettings("muon", lr=0.07, momentum=0.6, clip=False, **CONSTANT)
     writer, expected = Writer(bank, settings), bank.rows.clone()
     velocity = torch.zeros_like(expected)
     for step in range(5):
@@ -182,6 +183,52 @@ def test_a_step_goes_against_the_gradient_and_clips(rule: Rule) -> None:
     assert bank.rows.norm(dim=-1).max() <= 1 + 1e-12
     loose.clip_rows()
     assert same_bytes(loose.rows, bank.rows)
+
+
+# -------------------------------------------------------------------- the schedule of steps
+
+
+def test_the_step_falls_with_the_root_of_the_number_of_updates() -> None:
+    settings = WriteSettings(boost=4.0, floor=0.25)
+    numbers = torch.tensor([0, 3, 15, 63, 255, 256, 10_000])
+    assert settings.schedule(numbers).tolist() == [4.0, 2.0, 1.0, 0.5, 0.25, 0.25, 0.25]
+    assert settings.settled == 15
+    constant = WriteSettings(**CONSTANT)
+    assert constant.schedule(numbers).tolist() == [1.0] * 7
+    assert constant.settled == 0
+
+
+@both
+def test_an_empty_memory_begins_with_longer_steps_than_one_that_knows_something(rule: Rule) -> None:
+    bank = make(2)
+    for layer in bank.layers:
+        bank.slots(layer).v[0] = 0.0
+    reference = bank.clone()
+    writer = Writer(bank, WriteSettings(rule, lr=1e-3, clip=False, boost=3.0, floor=0.5))
+    plain = Writer(reference, WriteSettings(rule, lr=1e-3, clip=False, **CONSTANT))
+    for number in range(30):
+        before, before_plain = bank.rows.clone(), reference.rows.clone()
+        grad = gradient(bank, number)
+        for one in (writer, plain):
+            one.write(grad, flags(1, 1))
+        moved, moved_plain = bank.rows - before, reference.rows - before_plain
+        for i, first in enumerate((0, 8)):
+            factor = max(0.5, 3.0 / (number + first + 1) ** 0.5)
+            torch.testing.assert_close(moved[i], factor * moved_plain[i], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"boost": 0.5}, "boost must be 1"),
+        ({"boost": float("inf")}, "boost must be 1"),
+        ({"floor": 0.0}, "floor must be above 0"),
+        ({"floor": 1.5}, "floor must be above 0"),
+    ],
+)
+def test_schedules_out_of_range(more: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WriteSettings(**more)
 
 
 # -------------------------------------------------------------------- isolation and undoing

@@ -1,5 +1,5 @@
 """The command line: `locas memorize`, `score`, `generate`, `chat`, `compose`, `compress`, `merge`,
-`unmerge`, `info`, `eval`, `report`, `demo`.
+`unmerge`, `info`, `eval`, `report`, `bench`, `demo`.
 
 Flags are generated from the settings' dataclasses, where their defaults and help texts stand.
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from locas._version import __version__
+from locas.cli.bench import Bench
 from locas.cli.common import UserError, fail, out, print_json
 from locas.cli.compose import Compose
 from locas.cli.compress import Compress
@@ -93,6 +94,7 @@ def _parse(args: list[str]) -> Any:
         | Annotated[Info, sub("info")]
         | Annotated[Evaluate, sub("eval")]
         | Annotated[Report, sub("report")]
+        | Annotated[Bench, sub("bench")]
         | Annotated[Demo, sub("demo")]
     )
     return tyro.cli(

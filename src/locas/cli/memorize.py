@@ -40,7 +40,8 @@ Preset = Literal["default", "paper"]
 PRESETS: dict[str, RunSettings] = {
     "default": RunSettings(),
     "paper": RunSettings(
-        init=InitSettings(tau_scale=1.0), read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3))
+        init=InitSettings(tau_scale=1.0),
+        read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, boost=1.0, floor=1.0)),
     ),
 }
 

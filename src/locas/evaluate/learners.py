@@ -213,7 +213,10 @@ def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tup
     """The setup of a memory, and the options that it takes."""
     init, read, name = InitSettings(), setup.read, setup.name
     if name == "locas-paper":  # output scale, write rule and rate of arXiv:2602.05085; AdamW where it is silent
-        init, read = replace(init, tau_scale=1.0), replace(read, write=WriteSettings(rule="adamw", lr=4e-3))
+        init, read = (
+            replace(init, tau_scale=1.0),
+            replace(read, write=WriteSettings(rule="adamw", lr=4e-3, boost=1.0, floor=1.0)),
+        )
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
     of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", "reuse", "refresh", "sinks"]
     layers = str(left.pop("layers", "all"))
