@@ -38,7 +38,7 @@ class WriteSettings:
         lr: the learning rate. muon: the length by which a row moves; adamw: about an entry's change.
         boost: the first step of a memory that holds nothing yet is so many times `lr`; update n (from 0) then makes
             max(floor, boost / sqrt(n + 1)) times `lr`. 1, with a floor of 1: the same step throughout.
-        floor: see `boost`. A memory that already holds something begins at `lr` itself, not at the boost.
+        floor: see `boost`. A memory that already holds something, or whose slots are filled step-wise, begins at `lr`.
         momentum: muon's decay of past gradients.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
@@ -88,7 +88,7 @@ class Writer:
         scale: [bank] multiplier of the step, halved for a memory whenever one of its writes was undone.
         moments: the rule's running averages, each [bank, n_rows, d_model].
         counts: [bank] updates made.
-        begun: [bank] where in the schedule of steps each memory began: at 0 if its values were all zero.
+        begun: [bank] where in the schedule of steps each memory began.
     """
 
     def __init__(self, bank: Bank, settings: WriteSettings) -> None:
@@ -97,8 +97,7 @@ class Writer:
         self.moments = [torch.zeros_like(bank.rows) for _ in range(1 if settings.rule == "muon" else 2)]
         self.counts = torch.zeros(bank.size, dtype=torch.int64, device=bank.device)
         self.scale = torch.ones(bank.size, dtype=torch.float64, device=bank.device)
-        values = [bank.slots(layer).v.abs().amax(dim=(1, 2)) for layer in bank.layers]
-        self.begun = torch.where(torch.stack(values).amax(dim=0) > 0, settings.settled, 0)
+        self.begun = torch.where(_holds_nothing(bank), 0, settings.settled)
         self._before: list[Tensor] | None = None
 
     def _live(self) -> list[Tensor]:
@@ -256,6 +255,14 @@ def orthogonalise(x: Tensor) -> Tensor:
     assert total is not None
     out = (total.div_(square.sqrt()) @ wide).view(shape)
     return out if x.shape[-2] <= x.shape[-1] else out.mT
+
+
+def _holds_nothing(bank: Bank) -> Tensor:
+    """[bank] bool: a basis and no values yet. Slots that wait to be filled step-wise get values with their keys."""
+    slots = [bank.slots(layer) for layer in bank.layers]
+    values = torch.stack([s.v.abs().amax(dim=(1, 2)) for s in slots]).amax(dim=0)
+    shortest_key = torch.stack([s.k.abs().amax(dim=2).amin(dim=1) for s in slots]).amin(dim=0)
+    return (values == 0) & (shortest_key > 0)
 
 
 def _all_finite(x: Tensor) -> Tensor:
