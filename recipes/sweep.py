@@ -87,6 +87,12 @@ def grids() -> dict[str, list[Entry]]:
                 (6.0, 0.25, 4.0, 0.1),
             )
         ],
+        "speed": [
+            Entry("default"),
+            Entry("context kept", read=READ(reuse=True)),
+            Entry("upper half", layers=(3, 4, 5)),
+            Entry("upper half, context kept", read=READ(reuse=True), layers=(3, 4, 5)),
+        ],
         "chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (64, 128, 256)],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
         "start": [Entry("start token in every window", read=READ(start_in_every_window=True))],

@@ -52,7 +52,7 @@ class ReadSettings:
         start_in_every_window: put the start token before every window, not only before the document's first token;
             None: as the tokenizer does where one is at hand, else yes.
         reuse: keep the context's keys and values from chunk to chunk instead of recomputing them: faster, not exactly
-            the same (docs/speed.md has the figures). Backbones with absolute positions recompute all the same.
+            the same (docs/results.md has the figures). Backbones with absolute positions recompute all the same.
         refresh: with reuse, recompute the window after so many chunks.
         sinks: with reuse, so many of the document's first tokens stay in every window.
         write: the write rule and its settings.
