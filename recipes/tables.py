@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dialogue
+import forgetting
+
 from locas.evaluate.statistics import paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,9 @@ def main() -> int:
         ("tune_baselines", tuned),
         ("sweep", sweep),
         ("ablations", ablations),
+        ("forgetting", forgetting.table),
+        ("dialogue", dialogue.table),
+        ("bench", bench),
         ("kill_resume", kills),
     )
     for name, section in sections:
@@ -211,6 +217,47 @@ def ablations(report: Row) -> str:
         lines.append([f"{grid.removeprefix('ablate-')}: {name}", f"{mean:+.4f}", span, str(len(books_)), str(seeds)])
     header = ["setting", "bits per byte against truncation", "95% interval", "books", "seeds"]
     return "## Ablations\n" + markdown(header, lines)
+
+
+def bench(report: Row) -> str:
+    """Time and memory relative to truncated reading, and of generating with a memory."""
+    settings, parts = report["settings"], []
+    memory = report.get("relative_memory", {})
+    lines = []
+    for method, ratio in report["relative_time"].items():
+        low, high = report["quartiles"][method]
+        lines.append(
+            [
+                method,
+                f"{ratio:.2f}",
+                f"{low:.2f}-{high:.2f}",
+                f"{report['tokens_per_second'][method]:,.0f}",
+                f"{memory[method]:.2f}" if method in memory else "",
+            ]
+        )
+    parts.append(
+        f"## Speed: {report['backbone']['name']}, {report['backbone']['dtype']}, {report['device']}\n"
+        f"Window {settings['window']:,}, chunk {settings['chunk']:,}, rank {settings['rank']}; `upper`: layers "
+        f"{settings['upper']}. Medians of {settings['rounds']} rounds in which every method reads the same chunk, "
+        "relative to truncated reading in the same round.\n\n"
+        + markdown(["method", "time", "quartiles", "tokens/s", "memory"], lines)
+    )
+    for name, rows in report.get("generating", {}).get("rows", {}).items():
+        figures = report["generating"][name]
+        low, high = figures["quartiles"]
+        parts.append(
+            f"Extra time of a generated token, {rows} row{'s' if rows > 1 else ''} with as many memories: "
+            f"{100 * figures['extra_time']:+.1f}% (quartiles {100 * low:+.1f}% to {100 * high:+.1f}%).\n"
+        )
+    for part, what in (
+        ("length", "a chunk that begins at this token, relative to the first, context kept"),
+        ("documents", "a chunk of so many documents side by side, relative to one"),
+        ("rank", "reading and learning at this rank, relative to truncated reading"),
+    ):
+        if part in report:
+            cells = "; ".join(f"{name}: {f['ratio']:.2f}" for name, f in report[part].items())
+            parts.append(f"Time of {what}: {cells}.\n")
+    return "\n".join(parts)
 
 
 def kills(report: Row) -> str:

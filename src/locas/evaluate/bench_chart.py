@@ -36,8 +36,10 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         return
     order = [label for label in _LABELS.values() if any(row["method"] == label for row in rows)]
     y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=240))
-    colour = alt.condition("datum.method == 'read only'", alt.value("#8a8f98"), alt.value("#0b6fb8"))
-    base = alt.Chart(alt.Data(values=rows))
+    grey, blue, red = '"#8a8f98"', '"#0b6fb8"', '"#d1495b"'
+    shade = f"datum.method == 'read only' ? {grey} : datum.method == 'TempLoRA' ? {red} : {blue}"
+    colour = alt.Color("shade:N", scale=None, legend=None)
+    base = alt.Chart(alt.Data(values=rows)).transform_calculate(shade=shade)
     bars = base.mark_bar(height=16).encode(y=y, x=alt.X("ratio:Q", title="time, read only = 1"), color=colour)
     spread = base.mark_rule(strokeWidth=2, color="#222").encode(y=y, x="low:Q", x2="high:Q")
     text = base.mark_text(align="left", dx=8).encode(y=y, x="high:Q", text="text:N")
