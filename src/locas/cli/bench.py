@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,6 +103,14 @@ class Bench:
             raise UserError(f"--parts {self.parts!r}: choose from {', '.join(get_args(Part))}")
         return chosen
 
+    def _methods(self) -> list[str]:
+        if self.methods:
+            return [m.strip() for m in self.methods.split(",")]
+        if importlib.util.find_spec("peft") is None:
+            err.print('without TempLoRA, which needs PEFT: pip install "locas[peft]"', style="yellow", markup=False)
+            return [name for name in _NAMES if name != "templora"]
+        return list(_NAMES)
+
     def _settings(self) -> BenchSettings:
         if not self.quick or self.settings != BenchSettings():
             return self.settings
@@ -113,7 +123,7 @@ class Bench:
             "settings": vars(settings) | {"window": window, "chunk": chunk},
             "seeds": [settings.seed],
         }
-        methods = [m.strip() for m in self.methods.split(",")] if self.methods else None
+        methods = self._methods()
         rounds = settings.rounds + settings.warmup
         with _bar(backbone.name, rounds * sum(_WEIGHT[p] for p in parts)) as step:
             for part in parts:
@@ -129,8 +139,6 @@ class Bench:
         err.print(f"trace: {trace} (open it in ui.perfetto.dev)", soft_wrap=True, markup=False)
 
     def _write(self, result: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-        import json
-
         folder = Path(self.output or ".")
         write_atomically(folder / "bench.json", (json.dumps(result, indent=1) + "\n").encode())
         try:
@@ -161,7 +169,7 @@ def load(name: str, dtype: Dtype, device: str) -> Backbone:
 # -------------------------------------------------------------------- the parts
 
 
-def _reading(backbone: Backbone, settings: BenchSettings, methods: list[str] | None, step: Any) -> dict[str, Any]:
+def _reading(backbone: Backbone, settings: BenchSettings, methods: list[str], step: Any) -> dict[str, Any]:
     timings = bench.reading(backbone, settings, methods, step)
     _, chunk = settings.read.sizes(backbone.model)
     return {
@@ -182,8 +190,8 @@ def _generating(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) 
     }
 
 
-def _memory(backbone: Backbone, settings: BenchSettings, methods: list[str] | None, step: Any) -> dict[str, Any]:
-    chosen = list(dict.fromkeys([bench.REFERENCE, *(methods or _NAMES)]))
+def _memory(backbone: Backbone, settings: BenchSettings, methods: list[str], step: Any) -> dict[str, Any]:
+    chosen = list(dict.fromkeys([bench.REFERENCE, *methods]))
     found = bench.peaks(backbone, settings, chosen)
     for _i in range(settings.rounds + settings.warmup):
         step()

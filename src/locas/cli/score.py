@@ -31,8 +31,10 @@ from locas.stream import ReadSettings
 class ScoreText:
     """Perplexity and bits per byte of texts; with --memory, with it and without it. Nothing is learnt.
 
-    locas score chapter.txt
-    locas score chapter.txt --memory book.safetensors --json
+    Each token is scored once, with at least window - chunk tokens before it.
+
+        locas score chapter.txt
+        locas score chapter.txt --memory book.safetensors --json
     """
 
     text: TextOptions
