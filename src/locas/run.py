@@ -113,9 +113,7 @@ class Run:
     """
 
     def __init__(self, backbone: Backbone, texts: Sequence[Text], output: str | Path, settings: RunSettings) -> None:
-        if settings.read.start_in_every_window is None:
-            read = replace(settings.read, start_in_every_window=backbone.start_in_every_window)
-            settings = replace(settings, read=read)
+        settings = resolved(settings, backbone)
         self.backbone, self.texts, self.output, self.settings = backbone, list(texts), Path(output), settings
         if not self.output.parent.is_dir():
             raise FileNotFoundError(f"the folder {self.output.parent} does not exist; create it, or choose another -o")
@@ -123,7 +121,7 @@ class Run:
             raise ValueError(
                 f"{self.output} is a folder; give the name of the memory file, e.g. {self.output}/m.safetensors"
             )
-        _check_writable(self.output.parent)
+        check_writable(self.output.parent)
         if self.output.is_file() and not may_be_replaced(self.output):
             raise ValueError(f"{self.output} is not a memory and would be overwritten; delete it, or choose another -o")
         if not self.texts:
@@ -139,26 +137,14 @@ class Run:
         self.undone = 0
         self._reader: Reader | None = None
         self._baseline: Reader | None = None
-        self.key = self._key()
+        self.key = run_key(backbone, self.texts, settings)
         self.state_path = self.output.with_name(f"{self.output.name}.{self.key[:8]}.partial")
 
     def _fresh_memory(self) -> Memory:
-        settings, backbone = self.settings, self.backbone
-        _, chunk = settings.read.sizes(backbone.model)
-        if settings.init_tokens is not None and settings.init_tokens < 1:
-            raise ValueError(f"init_tokens must be 1 or more; got {settings.init_tokens}")
-        ids = self.texts[0].ids[: settings.init_tokens or chunk]
-        if settings.start_from is not None:
-            return self._continued(settings.start_from, ids)
-        return create(
-            backbone.model,
-            ids,
-            settings.init,
-            layers=parse_layers(settings.layers, len(find_sites(backbone.model))),
-            start_id=backbone.start_id,
-            name=backbone.name,
-            tokenizer_sha256=backbone.tokenizer_sha256,
-        )
+        ids = first_ids(self.texts[0], self.backbone, self.settings)
+        if self.settings.start_from is not None:
+            return self._continued(self.settings.start_from, ids)
+        return fresh_memory(ids, self.backbone, self.settings)
 
     def _continued(self, path: str, ids: Tensor) -> Memory:
         settings, backbone = self.settings, self.backbone
@@ -171,21 +157,6 @@ class Run:
         if frozen is not None and bool(frozen.all()):
             raise ValueError(f"every slot of {path} is frozen: nothing can be learnt; add slots (--grow 32)")
         return memory
-
-    def _key(self) -> str:
-        start = self.settings.start_from
-        what = {
-            "library": __version__,
-            "settings": asdict(self.settings),
-            "start_from": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else None,
-            "sizes": self.settings.read.sizes(self.backbone.model),
-            "start_id": self.backbone.start_id,
-            "texts": [[t.name, t.sha256, hashlib.sha256(t.ids.numpy().tobytes()).hexdigest()] for t in self.texts],
-            "backbone": fingerprint(self.backbone.model),
-            "dtype": str(next(self.backbone.model.parameters()).dtype),
-            "tokenizer": self.backbone.tokenizer_sha256,
-        }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     # ---------------------------------------------------------------- reading
 
@@ -216,7 +187,9 @@ class Run:
         ids, start_id = self.texts[self.document].ids, self.backbone.start_id
         self._reader = Reader(self.backbone.model, self.memory.bank, [ids], self.settings.read, start_id=start_id)
         if self.settings.compare:
-            self._baseline = Reader(self.backbone.model, None, [ids], self.settings.read, start_id=start_id)
+            # Every window recomputed, whatever the memory's reader does: that is what it is compared with.
+            plain = replace(self.settings.read, reuse=False)
+            self._baseline = Reader(self.backbone.model, None, [ids], plain, start_id=start_id)
 
     def _next(self) -> Progress:
         assert self._reader is not None
@@ -357,6 +330,59 @@ class Run:
         return result
 
 
+def resolved(settings: RunSettings, backbone: Backbone) -> RunSettings:
+    """The same with what the backbone's tokenizer decides filled in."""
+    if settings.read.start_in_every_window is not None:
+        return settings
+    return replace(settings, read=replace(settings.read, start_in_every_window=backbone.start_in_every_window))
+
+
+def first_ids(text: Text, backbone: Backbone, settings: RunSettings) -> Tensor:
+    """[n] int64, the tokens whose activations choose a memory's basis.
+
+    Raises:
+        ValueError: sizes that do not fit the backbone, or no token asked for.
+    """
+    _, chunk = settings.read.sizes(backbone.model)
+    if settings.init_tokens is not None and settings.init_tokens < 1:
+        raise ValueError(f"init_tokens must be 1 or more; got {settings.init_tokens}")
+    return text.ids[: settings.init_tokens or chunk]
+
+
+def fresh_memory(ids: Tensor, backbone: Backbone, settings: RunSettings) -> Memory:
+    """A memory as the settings say, its basis chosen by `ids` [n].
+
+    Raises:
+        ValueError: settings that do not fit the backbone.
+    """
+    return create(
+        backbone.model,
+        ids,
+        settings.init,
+        layers=parse_layers(settings.layers, len(find_sites(backbone.model))),
+        start_id=backbone.start_id,
+        name=backbone.name,
+        tokenizer_sha256=backbone.tokenizer_sha256,
+    )
+
+
+def run_key(backbone: Backbone, texts: Sequence[Text], settings: RunSettings, **more: Any) -> str:
+    """Hash of everything that a run's result depends on; `more`: what does besides."""
+    start = settings.start_from
+    what = more | {
+        "library": __version__,
+        "settings": asdict(settings),
+        "start_from": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else None,
+        "sizes": settings.read.sizes(backbone.model),
+        "start_id": backbone.start_id,
+        "texts": [[t.name, t.sha256, hashlib.sha256(t.ids.numpy().tobytes()).hexdigest()] for t in texts],
+        "backbone": fingerprint(backbone.model),
+        "dtype": str(next(backbone.model.parameters()).dtype),
+        "tokenizer": backbone.tokenizer_sha256,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
 def sum_scores(scores: Sequence[Score]) -> Score:
     """The score of several texts taken as one."""
     total = Score(0, 0, 0.0)
@@ -409,7 +435,7 @@ def parse_layers(text: str, n_layers: int) -> list[int] | None:
     return sorted({layer for first, last in spans for layer in range(first, last + 1)})
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Finds out before hours of reading, not after."""
     try:
         with tempfile.TemporaryFile(dir=folder):

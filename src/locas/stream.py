@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from locas.prefix import KeptPrefix, positions_are_relative
 from locas.write import Writer, WriteSettings
 
 _DEFAULT_WINDOW = 2048  # tokens; the paper's
+
+OnFailure = Literal["raise", "drop"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,11 @@ class Reader:
             the first token then is not scored.
         first_token: tokens before it are context only, neither scored nor learnt.
         learn: False: score only.
+        on_failure: what becomes of a document whose loss is not finite although its memory's last write was undone:
+            "raise" ends the reading of all, "drop" that of this one; it is then in `failed`.
+
+    Attributes:
+        failed: {document: first token of the chunk whose loss was not finite}; their memories are not to be used.
 
     Raises:
         ValueError: sizes that do not fit together, an empty document, ids outside the vocabulary, or a bank that
@@ -174,7 +181,10 @@ class Reader:
         start_id: int | None = None,
         first_token: int = 0,
         learn: bool = True,
+        on_failure: OnFailure = "raise",
     ) -> None:
+        if on_failure not in get_args(OnFailure):
+            raise ValueError(f"on_failure {on_failure!r} is not one of {', '.join(get_args(OnFailure))}")
         self.window_tokens, self.chunk_tokens = settings.sizes(model)
         _check_documents(model, documents, bank, first_token, start_id)
         self.model = model
@@ -185,6 +195,8 @@ class Reader:
         self.device = device_of(model)
         self.documents = [d.to(self.device, torch.int64) for d in documents]
         self.position = first_token
+        self.on_failure = on_failure
+        self.failed: dict[int, int] = {}
         learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
         self._head = find_head(model)
@@ -218,18 +230,24 @@ class Reader:
 
     @property
     def done(self) -> bool:
-        """Whether every document is read to its end."""
-        return self.position >= max(d.numel() for d in self.documents)
+        """Whether every document is read to its end, or dropped."""
+        return not self._unread()
+
+    def _unread(self) -> list[int]:
+        """The documents of which there is something left to read."""
+        return [i for i, d in enumerate(self.documents) if d.numel() > self.position and i not in self.failed]
 
     def __iter__(self) -> Iterator[list[ChunkRecord | None]]:
         while not self.done:
             yield self.next_chunk()
 
     def next_chunk(self) -> list[ChunkRecord | None]:
-        """Scores the next chunk of every document and learns from it; None for documents that have ended.
+        """Scores the next chunk of every document and learns from it; None for documents that have ended
+        or that are dropped, now or earlier.
 
         Raises:
-            FloatingPointError: the loss is not finite although the memory's last write was undone.
+            FloatingPointError: the loss is not finite although the memory's last write was undone (unless such
+                documents are dropped).
             ValueError: there is nothing left to read.
         """
         if self.done:
@@ -261,7 +279,7 @@ class Reader:
     def window(self) -> Window:
         """The next chunk as the model will get it; baselines learn from it in their own way."""
         start = self.position
-        rows = [i for i, d in enumerate(self.documents) if d.numel() > start]
+        rows = self._unread()
         stops = [min(start + self.chunk_tokens, self.documents[i].numel()) for i in rows]
         stop = max(stops)
         starts_here = self.start_id is not None and self.settings.start_in_every_window is not False
@@ -320,18 +338,27 @@ class Reader:
         memories that this happened to, [bank]."""
         nll, losses = self._score(window)
         bad = self._scatter(window, ~losses.detach().isfinite())
+        bad[list(self.failed)] = False  # dropped earlier in this chunk
         if bad.any():
+            kept = self._prefix.state() if self._prefix is not None else {}
             if self.writer is not None:
                 self.writer.undo(bad)
                 if self._prefix is not None:
                     self._prefix.forget()
                 nll, losses = self._score(window)
             self._check_finite(window, losses)
+            if kept and self._prefix is not None and all(row in self.failed for row in bad.nonzero()[:, 0].tolist()):
+                self._prefix.load_state(kept)  # the others go on as if nothing had happened
+                nll, losses = self._score(window)
         return nll, losses, bad
 
     def _check_finite(self, window: Window, losses: Tensor) -> None:
+        """Documents whose loss is not finite are dropped, or end the reading."""
         bad = [row for row, loss in zip(window.rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
-        if bad:
+        if self.on_failure == "drop":
+            # They stay in this chunk's batch, where no row touches another, and write nothing.
+            self.failed = dict.fromkeys(bad, window.start) | self.failed
+        elif bad:
             raise FloatingPointError(
                 f"the loss on tokens {window.start}..{max(window.stops)} of document(s) {bad} is not finite, and not "
                 "because of the memory's last write; check the backbone in its dtype on this text (try float32)"
@@ -377,7 +404,10 @@ class Reader:
         return share.to(self.device)
 
     def _live(self, window: Window) -> Tensor:
-        return self._scatter(window, (window.targets != IGNORED).any(dim=1))
+        """[bank] the memories that have something to learn from this chunk."""
+        live = self._scatter(window, (window.targets != IGNORED).any(dim=1))
+        live[list(self.failed)] = False
+        return live
 
     def _scatter(self, window: Window, flags: Tensor) -> Tensor:
         """[live] flags as [bank] flags, False for documents that have ended."""
@@ -391,6 +421,8 @@ class Reader:
     ) -> list[ChunkRecord | None]:
         records: list[ChunkRecord | None] = [None] * len(self.documents)
         for i, (row, stop) in enumerate(zip(window.rows, window.stops, strict=True)):
+            if row in self.failed:
+                continue
             scores = torch.full((stop - window.start,), torch.nan)
             skipped = window.first_target - window.start
             scores[skipped:] = nll[i, : max(0, stop - window.first_target)].float().cpu()
@@ -413,6 +445,8 @@ class Reader:
     def state(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, besides model, documents and settings."""
         state = {"position": torch.tensor(self.position)}
+        if self.on_failure == "drop":
+            state["failed"] = torch.tensor([self.failed.get(i, -1) for i in range(len(self.documents))])
         if self.bank is not None:
             state |= {"rows": self.bank.rows, "tau": self.bank.tau}
         if self.writer is not None:
@@ -436,6 +470,8 @@ class Reader:
         if self.writer is not None:
             self.writer.load_state(_part(state, "writer."))
         self.position = int(state["position"])
+        if self.on_failure == "drop":
+            self.failed = {i: start for i, start in enumerate(state["failed"].tolist()) if start >= 0}
         self._to_fill = self._may_fill()
 
     def _may_fill(self) -> bool:

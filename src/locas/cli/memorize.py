@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
+from locas.batch_run import BatchRun
 from locas.cli.common import (
     BackboneOptions,
     OutputOptions,
@@ -34,6 +37,7 @@ from locas.stream import ReadSettings
 from locas.write import WriteSettings
 
 Preset = Literal["default", "paper"]
+AnyRun = Run | BatchRun
 
 # "default" is what our own sweep on the development books shows to be best (LOG.md); "paper" is what
 # arXiv:2602.05085 states, and AdamW where it is silent.
@@ -57,11 +61,12 @@ class Memorize:
         locas memorize src/ -o code.safetensors --model Qwen/Qwen3-0.6B-Base
         cat notes.md | locas memorize - -o notes.safetensors --memory book.safetensors
         locas memorize b.txt -o ab.safetensors --memory a.safetensors --grow 32 --freeze
+        locas memorize a.txt b.txt c.txt -o memories/ --batch 16
     """
 
     text: TextOptions
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """The memory file to write (.safetensors)."""
+    """The memory file to write (.safetensors); with --batch, the folder for the memory files."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Go on with this memory; its rank, layers and initialisation stay as they are."""
@@ -72,6 +77,8 @@ class Memorize:
     others with --grow."""
     compare: bool = False
     """Also read every text without memory, and show the difference (costs about the time of reading)."""
+    batch: int | None = None
+    """Read each text into a memory of its own, so many side by side; -o is then a folder."""
     resume: bool = False
     """Go on where a stopped run of the same settings left off; start afresh where there is none."""
     save_every: float = 30.0
@@ -104,6 +111,8 @@ class Memorize:
     def run(self) -> int:
         if self.save_every < 0:
             raise UserError(f"--save-every is a number of seconds, 0 or more; got {self.save_every}")
+        if self.batch is not None:
+            return self._run_batch(self.batch)
         documents = self.text.collect()
         backbone = self.backbone.load()
         run = Run(backbone, self.text.tokenize(documents, backbone), self.output, self.settings())
@@ -125,11 +134,42 @@ class Memorize:
                 out.print(f"{len(run.texts)} texts, {run.total_tokens:,} tokens")
             model = f" --model {short(self.backbone.model)}" if self.backbone.model else ""
             out.print(f"[dim]try: locas chat --memory {short(run.output)}{model}[/dim]")
-        if run.undone:
-            err.print(f"{run.undone} writes were undone because a loss or gradient was not finite; the step was halved")
+        _tell_undone(run)
         return 0
 
-    def _announce(self, run: Run) -> None:
+    def _run_batch(self, size: int) -> int:
+        """A memory for each text; 1 if a text had to be left out."""
+        given = {"--memory": self.memory is not None, "--grow": self.grow != 0, "--freeze": self.freeze}
+        refused = [name for name, is_given in (given | {"--compare": self.compare}).items() if is_given]
+        if refused:
+            raise UserError(
+                f"{', '.join(refused)} and --batch do not go together: each text of a batch gets a fresh memory, and "
+                "`locas score TEXT --memory FILE` compares afterwards"
+            )
+        documents = self.text.collect()
+        backbone = self.backbone.load()
+        run = BatchRun(backbone, self.text.tokenize(documents, backbone), self.output, self.settings(), size)
+        self._announce(run)
+        if not drive(run, self.save_every):
+            return self._stopped(run)
+        run.finish()
+        results = run.results()
+        if self.show.json:
+            print_json(results)
+        else:
+            if results["documents"]:
+                out.print(memories(results["documents"]))
+            n = len(results["documents"])
+            out.print(
+                f"\n[bold]{n}[/bold] {'memory' if n == 1 else 'memories'} of {run.n_parameters:,} parameters, "
+                f"{results['tokens']:,} tokens in {results['seconds']:.1f} s"
+            )
+        for each in results["failed"]:
+            _say(f"{each['name']} was left out: {each['error']}", style="bold red")
+        _tell_undone(run)
+        return 1 if results["failed"] else 0
+
+    def _announce(self, run: AnyRun) -> None:
         if self.resume and run.resume():
             _say(f"going on at token {run.tokens:,} of {run.total_tokens:,} ({run.state_path})")
             return
@@ -140,11 +180,13 @@ class Memorize:
                 f"a stopped run of these settings is in {run.state_path} and will be replaced; "
                 "stop now and add --resume to go on with it"
             )
-        others = [p for p in run.output.parent.glob(f"{glob.escape(run.output.name)}.*.partial") if p != run.state_path]
-        for other in others:
+        name = glob.escape(run.state_path.name.removesuffix(f".{run.key[:8]}.partial"))
+        for other in run.state_path.parent.glob(f"{name}.*.partial"):
+            if other == run.state_path:
+                continue
             _say(f"a stopped run of other settings is kept in {other}", style="dim")
 
-    def _stopped(self, run: Run) -> int:
+    def _stopped(self, run: AnyRun) -> int:
         run.save_state()
         command = "locas " + " ".join(short(a) for a in sys.argv[1:])
         command += "" if self.resume else " --resume"
@@ -184,10 +226,27 @@ def _say(text: str, style: str | None = None) -> None:
     err.print(text, style=style, soft_wrap=True, markup=False)
 
 
+def _tell_undone(run: AnyRun) -> None:
+    if run.undone:
+        err.print(f"{run.undone} writes were undone because a loss or gradient was not finite; the step was halved")
+
+
+def memories(documents: list[dict[str, Any]]) -> Table:
+    """A table of the memories that a batch leaves."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("memory", overflow="fold")
+    for name in ("perplexity", "bits per byte", "tokens"):
+        table.add_column(name, justify="right")
+    for each in documents:
+        figures = f"{each['perplexity']:.2f}", f"{each['bits_per_byte']:.4f}", f"{each['tokens']:,}"
+        table.add_row(escape(each["memory"]), *figures)
+    return table
+
+
 # -------------------------------------------------------------------- progress
 
 
-def drive(run: Run, save_every: float) -> bool:
+def drive(run: AnyRun, save_every: float) -> bool:
     """Runs to the end (True), or to the chunk in which the user asks to stop (False), showing where it stands."""
     saved = time.monotonic()
     with _stop_requests() as asked, _bar(run) as show:
@@ -221,7 +280,7 @@ def _stop_requests() -> Iterator[Any]:
 
 
 @contextmanager
-def _bar(run: Run) -> Iterator[Any]:
+def _bar(run: AnyRun) -> Iterator[Any]:
     """A live bar on a terminal, now and then a line elsewhere."""
     if not err.is_terminal:
         yield _Lines(run)
@@ -255,7 +314,7 @@ def _bar(run: Run) -> Iterator[Any]:
 class _Lines:
     """One line of progress for each tenth of the run, for logs."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: AnyRun) -> None:
         self.total, self.speed = run.total_tokens, _Speed(run.tokens)
         self.next = run.tokens + self.total / 10
 
