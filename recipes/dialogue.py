@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown
+
 from locas.cli.common import BackboneOptions
 from locas.cli.eval_dialogue import EvalDialogue
 from locas.evaluate.dialogue import DialogueSettings
@@ -81,14 +83,14 @@ def table(result: dict[str, Any]) -> str:
         f"## Dialogue: {len(result['conversations'])} conversations of {result['file']}\n"
         f"{next(iter(methods.values()))['answerable']['n']} questions that have an answer; prompt "
         f"`{result['settings']['ask']['prompt']}`.\n",
-        _markdown(["method", *(title for _, title, _ in COLUMNS)], lines),
-        _markdown(*_by_category(methods)),
+        markdown(["method", *(title for _, title, _ in COLUMNS)], lines),
+        markdown(*_by_category(methods)),
     ]
     rows = [r for r in result["comparisons"] if r["figure"] == "gold_ll_per_token"]
     if rows:
         parts.append("Gold answers' log-likelihood, nats per token, difference of the conversations' means:\n")
         parts.append(
-            _markdown(
+            markdown(
                 ["from", "to", "conversations", "difference", "95% interval"],
                 [[r["from"], r["to"], str(r["conversations"]), f"{r['mean']:+.3f}", _interval(r)] for r in rows],
             )
@@ -114,11 +116,6 @@ def _cell(value: float | None, factor: float) -> str:
 
 def _interval(row: dict[str, Any]) -> str:
     return "" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markdown_table import markdown
+
 from locas.cli.common import BackboneOptions, TextOptions
 from locas.cli.eval_forgetting import EvalForgetting
 from locas.store import write_atomically
@@ -110,7 +112,7 @@ def table(result: dict[str, Any]) -> str:
         f"Gain: nats per token on the next {settings['later_tokens']:,} tokens of the book. KL(backbone || with what "
         f"was learnt), nats per token, and change of bits per byte: on unrelated books. With nothing attached, the "
         f"backbone's logits and weights were {exact} in every run.\n",
-        _markdown(["method", "output scale", "parameters", "gain", "KL", "bits per byte"], points),
+        markdown(["method", "output scale", "parameters", "gain", "KL", "bits per byte"], points),
     ]
     for pair in result["at_equal_gain"]:
         if pair["at"]:
@@ -120,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
                 if x["ratio"] is not None
             ]
             parts.append("KL at equal gain, on the two methods' frontiers:\n")
-            parts.append(_markdown(["gain", pair["method"], pair["against"], "ratio"], rows))
+            parts.append(markdown(["gain", pair["method"], pair["against"], "ratio"], rows))
     parts += [_mmlu(result["mmlu"])] if result["mmlu"] else []
     parts += [f"{row['label']} diverged on {row['book']}.\n" for row in result["failed"]]
     return "\n".join(parts)
@@ -133,13 +135,8 @@ def _mmlu(mmlu: dict[str, Any]) -> str:
     return (
         f"MMLU, {mmlu['n']:,} questions, {mmlu['shots']} examples each, lm-evaluation-harness {mmlu['harness']}; "
         f"standard error {100 * mmlu['standard_error']:.2f}; {mmlu['cut']} prompts were cut to fit.\n\n"
-        + _markdown(["", "accuracy, %", "change"], rows)
+        + markdown(["", "accuracy, %", "change"], rows)
     )
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

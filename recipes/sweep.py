@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +26,7 @@ import transformers
 
 import locas
 from locas.backbone import Backbone
+from locas.evaluate.provenance import environment
 from locas.store import write_atomically
 from locas.text import collect
 
@@ -280,28 +278,12 @@ def main() -> int:
             known = {_key(row) for row in report["results"]}
             for row in rows(backbone, book, baselines + entries, args.max_tokens, known):
                 report["results"].append(row | {"grid": name, "whole": args.max_tokens is None})
-                report |= _environment(backbone)
+                report |= (where := environment(backbone)) | {"seeds": [0], "settings": where["backbone"]}
                 write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
                 what = f"{name:>9}  {row['book']:>6}  {row['settings']['name']:<44}"
                 print(f"{what} {row['nll'] / row['tokens']:.4f} nats  {row['seconds']:.0f} s", flush=True)
     print(table(report["results"]))
     return 0
-
-
-def _environment(backbone: Backbone) -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": git.stdout.strip() or None,
-        "seeds": [0],
-        "versions": {
-            "locas": locas.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "settings": {"backbone": backbone.name, "dtype": str(next(backbone.model.parameters()).dtype)},
-    }
 
 
 if __name__ == "__main__":

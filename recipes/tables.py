@@ -10,6 +10,7 @@ from typing import Any
 
 import dialogue
 import forgetting
+from markdown_table import markdown
 
 from locas.evaluate.statistics import paired_bootstrap
 
@@ -46,11 +47,6 @@ def main() -> int:
 def provenance(path: Path, report: Row) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"\n`{path.relative_to(ROOT)}`: commit {report['commit'][:12]}, {report['device']}, {versions}.\n"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def baselines(report: Row) -> dict[tuple[Any, ...], Row]:

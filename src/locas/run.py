@@ -33,6 +33,7 @@ from locas.metrics import Score
 from locas.sites import find_sites, fingerprint
 from locas.store import load_tensors, save_tensors
 from locas.stream import ChunkRecord, Reader, ReadSettings
+from locas.write import WriteSettings
 
 STATE_FORMAT = "locas-run"
 
@@ -77,6 +78,17 @@ class RunSettings:
             raise ValueError(f"a memory grows by 1 slot or more (0: not at all); got {self.grow}")
         if self.start_from is None and (self.grow or self.freeze):
             raise ValueError("only a memory that exists can grow or be frozen: name it (--memory FILE)")
+
+
+# "default" is what our own sweep on the development books shows to be best (LOG.md); "paper" is what
+# arXiv:2602.05085 states, and AdamW where it is silent.
+PRESETS: dict[str, RunSettings] = {
+    "default": RunSettings(),
+    "paper": RunSettings(
+        init=InitSettings(tau_scale=1.0),
+        read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, boost=1.0, floor=1.0)),
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -31,23 +31,12 @@ from locas.cli.common import (
     short,
 )
 from locas.initialise import InitSettings
+from locas.run import PRESETS, Run, RunSettings
 from locas.run import Progress as RunProgress
-from locas.run import Run, RunSettings
 from locas.stream import ReadSettings
-from locas.write import WriteSettings
 
 Preset = Literal["default", "paper"]
 AnyRun = Run | BatchRun
-
-# "default" is what our own sweep on the development books shows to be best (LOG.md); "paper" is what
-# arXiv:2602.05085 states, and AdamW where it is silent.
-PRESETS: dict[str, RunSettings] = {
-    "default": RunSettings(),
-    "paper": RunSettings(
-        init=InitSettings(tau_scale=1.0),
-        read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, boost=1.0, floor=1.0)),
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun, Losses
 from locas.evaluate.statistics import LEVEL, RESAMPLES, cut, paired, perplexities
 from locas.metrics import Score
+from locas.run import brief
 
 FORMAT, VERSION = "locas-books", 1
 MARKS_TOKENS = (50_000, 100_000, 150_000, 200_000)  # where the literature reports
@@ -97,7 +98,7 @@ def _upto(book: Book, runs: Sequence[Losses], tokens: int) -> Figures:
     nll = _mean(s.nll for s in scores)
     scored = scores[0].tokens
     chunked = _mean(perplexities(x.nll[:tokens], cut(x.stops, tokens))[1] for x in runs)
-    return {**_figures(Score(scored, n_bytes, nll)), "perplexity_chunk_mean": chunked}
+    return {**brief(Score(scored, n_bytes, nll)), "perplexity_chunk_mean": chunked}
 
 
 def _pool(parts: Sequence[Figures]) -> Figures:
@@ -106,17 +107,7 @@ def _pool(parts: Sequence[Figures]) -> Figures:
     for part in parts:
         total = total + Score(part["tokens"], part["bytes"], part["nll"])
     chunked = sum(p["perplexity_chunk_mean"] * p["tokens"] for p in parts if p["tokens"])
-    return {**_figures(total), "perplexity_chunk_mean": chunked / total.tokens if total.tokens else math.nan}
-
-
-def _figures(score: Score) -> Figures:
-    return {
-        "tokens": score.tokens,
-        "bytes": score.n_bytes,
-        "nll": score.nll,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-    }
+    return {**brief(total), "perplexity_chunk_mean": chunked / total.tokens if total.tokens else math.nan}
 
 
 def _pairs(methods: Figures) -> list[Figures]:

@@ -26,7 +26,7 @@ from locas.evaluate.changes import need_peft
 from locas.evaluate.weights import RECIPES, Recipe, WeightLearner
 from locas.forward import trained_context
 from locas.initialise import InitSettings, create_bank
-from locas.run import parse_layers
+from locas.run import PRESETS, parse_layers
 from locas.sites import find_sites
 from locas.stream import ChunkRecord, Reader, ReadSettings
 from locas.write import WriteSettings
@@ -212,11 +212,9 @@ MEMORIES = ("locas", "locas-paper")
 def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tuple[Setup, list[str]]:
     """The setup of a memory, and the options that it takes."""
     init, read, name = InitSettings(), setup.read, setup.name
-    if name == "locas-paper":  # output scale, write rule and rate of arXiv:2602.05085; AdamW where it is silent
-        init, read = (
-            replace(init, tau_scale=1.0),
-            replace(read, write=WriteSettings(rule="adamw", lr=4e-3, boost=1.0, floor=1.0)),
-        )
+    if name == "locas-paper":
+        paper = PRESETS["paper"]
+        init, read = paper.init, replace(read, write=paper.read.write)
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
     of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", "reuse", "refresh", "sinks"]
     layers = str(left.pop("layers", "all"))
