@@ -18,104 +18,63 @@ and none. Reported: online loss and seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
+from _rows import SEED, Books, Row, by_place, mean, parser, run, share
+from markdown_table import markdown
 
 import locas
-from locas.backbone import Backbone
 from locas.compress import METHODS, compress
 from locas.cycle import read_and_compress
-from locas.memory import Memory
-from locas.store import write_atomically
-from locas.text import collect
 
-sys.path.insert(0, str(Path(__file__).parent))
-from sweep import _environment as environment
-
-Row = dict[str, Any]
-SEED = 0
 FITTED_TOKENS = 4096
 
 
 def main() -> int:
     """Runs what is missing, writing the result after every row."""
-    args = parse()
-    report = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
-    if args.table or args.folder is None:
-        print(table(report["results"]))
-        return 0
-    torch.set_num_threads(args.threads)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    backbone = locas.load_backbone(args.model)
-    books = [b for b in sorted(args.folder.glob("*.txt")) if not args.books or b.stem in args.books.split(",")]
-    for book in books:
-        (document,) = collect([book], gutenberg=True, reflow=True)
-        ids, _ = backbone.encode(document.text, args.read_tokens + args.later_tokens)
-        place = {"book": book.stem, "rank": args.rank, "read_tokens": args.read_tokens, "tokens": ids.numel()}
-        place |= {"backbone": backbone.name, "seed": SEED}
-        parts = {"survival": survival, "cycle": cycle}
-        for name in args.part or parts:
-            known = [
-                r["what"] for r in report["results"] if {k: r[k] for k in (*place, "part")} == place | {"part": name}
-            ]
-            for row in parts[name](backbone, ids, args, known):
-                report["results"].append(place | {"part": name} | row)
-                report |= environment(backbone) | {"recipe": "compress"}
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
-                print(book.stem, name, row, flush=True)
-    print(table(report["results"]))
-    return 0
+    options = parser(__doc__, "results/compress.json")
+    options.add_argument("--part", choices=("survival", "cycle"), action="append", help="default: both")
+    return run(options.parse_args(), "compress", rows, table)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder with the development books")
-    parser.add_argument("--books", help="only these, by file stem, with commas between")
-    parser.add_argument("--part", choices=("survival", "cycle"), action="append", help="default: both")
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--read-tokens", type=int, default=16384, help="of each book, read into the memory")
-    parser.add_argument("--later-tokens", type=int, default=8192, help="that follow, on which gains are measured")
-    parser.add_argument("--model", help="backbone (default: the built-in one)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("-o", "--output", type=Path, default=Path("results/compress.json"))
-    parser.add_argument("--table", action="store_true", help="print what has been measured, and stop")
-    return parser.parse_args()
+def rows(books: Books, args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
+    """What is not known yet, book by book."""
+    parts = {"survival": survival, "cycle": cycle}
+    for book in books.names:
+        for part in args.part or parts:
+            done = [r["what"] for r in known if (r["book"], r["part"]) == (book, part)]
+            for row in parts[part](books, book, args, done):
+                yield {"book": book, "part": part} | row
 
 
 # -------------------------------------------------------------------- survival
 
 
-def survival(backbone: Backbone, ids: torch.Tensor, args: argparse.Namespace, known: list[str]) -> Iterator[Row]:
-    """A row for no memory, the memory, and each variant, method and rank."""
-    read, later = ids[: args.read_tokens], slice(args.read_tokens, ids.numel())
+def survival(books: Books, book: str, args: argparse.Namespace, known: list[str]) -> Iterator[Row]:
+    """A row for the whole memory, and for each variant, method and rank."""
     for variant in ("glu", "mlp"):
         methods = [m for m in METHODS if variant == "mlp" or not m.startswith("nl-svd")]
-        plan = [(m, args.rank // share) for share in (2, 4) for m in methods]
+        plan = [(m, args.rank // divisor) for divisor in (2, 4) for m in methods]
         names = [f"{variant} {m} {rank}" for m, rank in plan]
         if all(name in known for name in (f"{variant} whole", *names)):
             continue
-        memory = learnt(backbone, read, args.rank, variant)
-        nothing, whole = (losses(backbone, m, ids, later) for m in (None, memory))
+        # Locas-MLP with activation keys, so that all its slots took gradient steps.
+        init = locas.InitSettings(args.rank, variant, "auto" if variant == "glu" else "activation", seed=SEED)
+        memory = books.learnt(book, init)
+        nothing, whole = books.without(book), books.losses(book, memory)
         if f"{variant} whole" not in known:
             yield {"what": f"{variant} whole", "gain_later": nothing[0] - whole[0], "gain_read": nothing[1] - whole[1]}
         for (method, rank), name in zip(plan, names, strict=True):
             if name in known:
                 continue
+            model, start = books.backbone.model, books.backbone.start_id
             began = time.perf_counter()
-            small = compress(
-                memory, backbone.model, read[-FITTED_TOKENS:], rank, method=method, start_id=backbone.start_id
-            )
+            small = compress(memory, model, books.read_part(book)[-FITTED_TOKENS:], rank, method=method, start_id=start)
             seconds = time.perf_counter() - began
-            after = losses(backbone, small.memory, ids, later)
+            after = books.losses(book, small.memory)
             yield {
                 "what": name,
                 "gain_later": nothing[0] - after[0],
@@ -127,38 +86,14 @@ def survival(backbone: Backbone, ids: torch.Tensor, args: argparse.Namespace, kn
             }
 
 
-def learnt(backbone: Backbone, ids: torch.Tensor, rank: int, variant: str) -> Memory:
-    """A memory that has read a text; Locas-MLP with activation keys, so that all its slots took gradient steps."""
-    init = locas.InitSettings(
-        rank=rank,
-        seed=SEED,
-        variant=variant,
-        init="auto" if variant == "glu" else "activation",  # type: ignore[arg-type]
-    )
-    memory = locas.create(backbone.model, ids[:256], init, start_id=backbone.start_id)
-    list(locas.read(backbone.model, memory, ids, settings(backbone), start_id=backbone.start_id))
-    return memory
-
-
-def settings(backbone: Backbone) -> locas.ReadSettings:
-    return locas.ReadSettings(start_in_every_window=backbone.start_in_every_window)
-
-
-def losses(backbone: Backbone, memory: Memory | None, ids: torch.Tensor, later: slice) -> tuple[float, float]:
-    """Nats a token on the later part and on the part before it, nothing being learnt."""
-    records = locas.read(backbone.model, memory, ids, settings(backbone), start_id=backbone.start_id, learn=False)
-    nll = torch.cat([record.nll for record in records]).double()
-    return float(nll[later].nanmean()), float(nll[: later.start].nanmean())
-
-
 # -------------------------------------------------------------------- cycle
 
 
-def cycle(backbone: Backbone, ids: torch.Tensor, args: argparse.Namespace, known: list[str]) -> Iterator[Row]:
+def cycle(books: Books, book: str, args: argparse.Namespace, known: list[str]) -> Iterator[Row]:
     """Online reading of the first part: NL-SVD, gradient steps, and no memory."""
-    ids, rank, start = ids[: args.read_tokens], args.rank, backbone.start_id
+    backbone, ids, rank, start = books.backbone, books.read_part(book), args.rank, books.backbone.start_id
     # The capacity holds a chunk's tokens besides what compressing leaves.
-    chunk = settings(backbone).sizes(backbone.model)[1]
+    chunk = books.settings.sizes(backbone.model)[1]
     capacity = max(2 * rank, rank + chunk)
     for what, init, slots in (
         ("none", None, 0),
@@ -177,10 +112,10 @@ def cycle(backbone: Backbone, ids: torch.Tensor, args: argparse.Namespace, known
         began, compressed = time.perf_counter(), 0
         if what == "nl-svd cycle":
             assert memory is not None
-            steps = list(read_and_compress(backbone.model, memory, ids, rank, settings(backbone), start_id=start))
+            steps = list(read_and_compress(backbone.model, memory, ids, rank, books.settings, start_id=start))
             records, compressed = [step.record for step in steps], sum(step.compressed for step in steps)
         else:
-            records = list(locas.read(backbone.model, memory, ids, settings(backbone), start_id=start))
+            records = list(locas.read(backbone.model, memory, ids, books.settings, start_id=start))
         seconds = time.perf_counter() - began
         nll = torch.cat([record.nll for record in records]).double()
         yield {
@@ -195,17 +130,47 @@ def cycle(backbone: Backbone, ids: torch.Tensor, args: argparse.Namespace, known
 # -------------------------------------------------------------------- table
 
 
-def table(results: list[Row]) -> str:
-    """Means over books."""
-    lines = []
-    for part in ("survival", "cycle"):
-        rows = [r for r in results if r["part"] == part]
-        for what in dict.fromkeys(r["what"] for r in rows):
-            mine = [r for r in rows if r["what"] == what]
-            keys = [k for k, v in mine[0].items() if isinstance(v, float)]
-            cells = "  ".join(f"{k} {sum(r[k] for r in mine) / len(mine):.3f}" for k in keys)
-            lines.append(f"{part:<9} {what:<34} books {len(mine)}  {cells}")
-    return "\n".join(lines)
+def table(report: Row) -> str:
+    """How much of a memory's gain survives compression; NL-SVD against gradient steps. Means over books."""
+    parts = []
+    for rank, read, later, rows in by_place(report["results"]):
+        survival = [r for r in rows if r["part"] == "survival"]
+        lines = []
+        for what in dict.fromkeys(r["what"] for r in survival if not r["what"].endswith(" whole")):
+            mine = [r for r in survival if r["what"] == what]
+            variant, method, slots = what.split()
+            figures = [share([r[key] for r in mine]) for key in ("left_later", "left_read", "function_error")]
+            seconds = sum(r["seconds"] for r in mine) / len(mine)
+            lines.append(
+                [f"Locas-{variant.upper()}, {slots} slots, `{method}`", *figures, f"{seconds:.1f}", str(len(mine))]
+            )
+        if lines:
+            parts.append(
+                f"## Compressing memories of rank {rank}: {read:,} tokens read, {later:,} that follow\n"
+                "What is left of the gain over no memory (nothing being learnt), and the relative difference of the "
+                "memory's function on activations that it was not fitted to; means over development books, with 95% "
+                "intervals.\n\n"
+                + markdown(
+                    ["memory", "left on what follows", "on what was read", "difference", "seconds", "books"], lines
+                )
+            )
+        online = [r for r in rows if r["part"] == "cycle"]
+        plain = {r["book"]: r["nats"] for r in online if r["what"] == "none"}
+        lines = []
+        for what in dict.fromkeys(r["what"] for r in online if r["what"] != "none"):
+            mine = [r for r in online if r["what"] == what and r["book"] in plain]
+            if mine:
+                change = mean([r["nats"] - plain[r["book"]] for r in mine], "+")
+                seconds = sum(r["seconds"] for r in mine) / len(mine)
+                lines.append([what, str(mine[0]["slots"]), change, f"{seconds:.1f}", str(len(mine))])
+        if lines:
+            parts.append(
+                f"### Locas-MLP read online, {read:,} tokens: NL-SVD against gradient steps\n"
+                "Loss against no memory, every token scored before it is learnt; means over development books, with "
+                "95% intervals.\n\n"
+                + markdown(["filled and learnt", "slots", "nats a token", "seconds", "books"], lines)
+            )
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

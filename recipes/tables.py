@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compose_books
+import compress
 import dialogue
 import forgetting
 from markdown_table import markdown
@@ -30,6 +32,8 @@ def main() -> int:
         ("ablations", ablations),
         ("forgetting", forgetting.table),
         ("dialogue", dialogue.table),
+        ("compose_books", compose_books.table),
+        ("compress", compress.table),
         ("bench", bench),
         ("kill_resume", kills),
     )

@@ -15,8 +15,8 @@ text's activations A, seen with the memory attached, say which of it matters. Me
 * `distil`: starts from `eliminate`, then moves keys and gates too, by gradient on the difference.
 * `nl-svd` (Locas-MLP): arXiv:2602.05085 app., see `nl_svd`; `nl-svd-refit`: with values fitted anew.
 
-All in float64 whatever the memory's dtype. Frozen slots are compressed like others, and no slot is frozen afterwards.
-A value that comes out longer than 1 raises the layer's tau instead, so that clipping takes nothing away later.
+All in float64 whatever the memory's dtype. Frozen slots stay as they are, and frozen; the others are compressed. A
+value that comes out longer than 1 raises the layer's tau instead, so that clipping takes nothing away later.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from locas.attach import attached, check_fit, first_input
-from locas.bank import ACTIVATIONS, Bank
-from locas.forward import call, device_of, frozen, trained_context
+from locas.bank import Bank
+from locas.fit import Part, normal_equations, part_of, put_part, ridged, sample_activations, solve
 from locas.memory import Memory
 
 Method = Literal["eliminate", "distil", "refit", "merge", "prune", "nl-svd", "nl-svd-refit"]
@@ -55,25 +54,6 @@ class Compressed:
     errors: dict[int, float]
     error: float
     tokens: int
-
-
-@dataclass(frozen=True)
-class Part:
-    """One layer's slots in float64. k, g, v: [rank, d_model]; tau is in v; g is None for Locas-MLP."""
-
-    k: Tensor
-    g: Tensor | None
-    v: Tensor
-    act: Callable[[Tensor], Tensor]
-
-    def responses(self, a: Tensor) -> Tensor:
-        """m_j(A), [n, rank], for activations [n, d_model]."""
-        keys = a @ self.k.T
-        return self.act(keys) if self.g is None else self.act(a @ self.g.T) * keys
-
-    def take(self, chosen: Tensor) -> Part:
-        """Some of the slots."""
-        return replace(self, k=self.k[chosen], g=None if self.g is None else self.g[chosen], v=self.v[chosen])
 
 
 def compress(
@@ -107,6 +87,13 @@ def compress(
         raise ValueError(f"this memory has {max(bank.ranks.values())} slots a layer; compress to 1 or more, and fewer")
     if method.startswith("nl-svd") and bank.variant != "mlp":
         raise ValueError("nl-svd is for Locas-MLP: the product with a gate has no one probe a slot; use eliminate")
+    frozen = {layer: int(bank.frozen[0, i]) for i, layer in enumerate(bank.layers)}
+    stay = max(n for layer, n in frozen.items() if bank.ranks[layer] > rank)
+    if stay >= rank:
+        raise ValueError(
+            f"{stay} slots of a layer are frozen and stay as they are, so that {rank} slots leave no room for the "
+            "others; compress to more, or thaw the memory first (locas.grow.thaw, locas compress --thaw)"
+        )
     memory.check(model)
     samples = sample_activations(model, bank, torch.as_tensor(ids)[:sample_tokens], start_id=start_id)
     tokens = next(iter(samples.values())).shape[0]
@@ -117,7 +104,7 @@ def compress(
         a = samples.pop(layer).double()
         fit, test = a[: int(tokens * FIT_SHARE)], a[int(tokens * FIT_SHARE) :]
         old = part_of(bank, layer)
-        new = old if bank.ranks[layer] <= rank else reduce(old, fit, rank, method)
+        new = _reduced(old, frozen[layer], fit, rank, method)
         parts[layer] = new
         truth = old.responses(test) @ old.v
         missed = new.responses(test) @ new.v - truth
@@ -128,18 +115,24 @@ def compress(
     return Compressed(_memory_of(memory, parts, note), errors, error, tokens)
 
 
+def _reduced(old: Part, n_frozen: int, a: Tensor, rank: int, method: Method) -> Part:
+    """A layer with at most `rank` slots, the frozen ones as they are."""
+    if len(old.k) <= rank:
+        return old
+    if n_frozen == 0:
+        return reduce(old, a, rank, method)
+    first, others = (old.take(torch.arange(*span)) for span in ((n_frozen,), (n_frozen, len(old.k))))
+    few = reduce(others, a, rank - n_frozen, method)
+    both = [
+        None if x is None or y is None else torch.cat([x, y])
+        for x, y in zip(*((p.k, p.g, p.v) for p in (first, few)), strict=True)
+    ]
+    return replace(few, k=both[0], g=both[1], v=both[2])  # type: ignore[arg-type]
+
+
 def _ratio(missed: float, truth: float) -> float:
     """Root of a ratio of sums of squares; 0 where there is nothing to miss."""
     return (missed / truth) ** 0.5 if truth else 0.0
-
-
-def part_of(bank: Bank, layer: int) -> Part:
-    """One layer's slots, in float64 on the CPU, with tau in the values."""
-    slots, tau = bank.slots(layer), bank.tau[0, bank.layers.index(layer)].double().cpu()
-    k, g, v = (None if rows is None else rows[0].detach().double().cpu() for rows in (slots.k, slots.g, slots.v))
-    assert k is not None
-    assert v is not None
-    return Part(k, g, v * tau, ACTIVATIONS[bank.activation])
 
 
 def _memory_of(old: Memory, parts: dict[int, Part], note: dict[str, Any]) -> Memory:
@@ -151,44 +144,12 @@ def _memory_of(old: Memory, parts: dict[int, Part], note: dict[str, Any]) -> Mem
         dtype=old.bank.rows.dtype,
         device=old.bank.device,
     )
+    bank.frozen.copy_(old.bank.frozen)
     for i, (layer, part) in enumerate(parts.items()):
-        tau = max(float(old.bank.tau[0, i].abs()), float(part.v.norm(dim=-1).max()))
-        bank.tau[0, i] = tau
-        slots = bank.slots(layer)
-        slots.k[0].copy_(part.k)
-        slots.v[0].copy_(part.v / tau if tau else part.v)
-        if slots.g is not None and part.g is not None:
-            slots.g[0].copy_(part.g)
+        put_part(bank, layer, part, float(old.bank.tau[0, i]), by_doubling=bool(bank.frozen[0, i]))
     settings = old.provenance.settings
     settings = {**settings, "compress": [*settings.get("compress", []), note]}
     return Memory(bank, replace(old.provenance, settings=settings))
-
-
-@torch.no_grad()
-def sample_activations(model: nn.Module, bank: Bank, ids: Tensor, *, start_id: int | None = None) -> dict[int, Tensor]:
-    """The FFNs' inputs at every token of a text, with the memory attached: {layer: [n, d_model]} on the CPU, in the
-    model's dtype. The text is run in windows of the trained context, whose start tokens are left out."""
-    found: dict[int, list[Tensor]] = {layer: [] for layer in bank.layers}
-    lead = [] if start_id is None else [start_id]
-
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[layer].append(first_input(args, kwargs).detach().reshape(-1, bank.d_model)[len(lead) :].cpu())
-
-        return hook
-
-    size = (trained_context(model) or 2048) - len(lead)
-    ids = ids.to(device_of(model), torch.int64)
-    with frozen(model), attached(model, bank):
-        sites = check_fit(model, bank)
-        handles = [s.entry.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, s in sites.items()]
-        try:
-            for first in range(0, ids.numel(), size):
-                call(model, torch.cat([ids.new_tensor(lead), ids[first : first + size]])[None])
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {layer: torch.cat(parts) if parts else torch.empty(0, bank.d_model) for layer, parts in found.items()}
 
 
 # -------------------------------------------------------------------- one layer
@@ -211,17 +172,10 @@ def reduce(part: Part, a: Tensor, rank: int, method: Method) -> Part:
     return kept if method == "eliminate" else _distil(kept, part, a)
 
 
-def _normal(responses: Tensor) -> Tensor:
-    """The responses' Gram matrix [rank, rank], with a touch on its diagonal so that it has an inverse."""
-    gram = responses.T @ responses
-    touch = _RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    return gram + touch * torch.eye(gram.shape[0], dtype=gram.dtype)
-
-
 def _refit(new: Part, old: Part, a: Tensor) -> Part:
     """The values with which `new`'s slots come nearest to `old`'s function on `a`."""
-    m = new.responses(a)
-    return replace(new, v=torch.linalg.solve(_normal(m), m.T @ (old.responses(a) @ old.v)))
+    equations = normal_equations(new.responses(a), old.responses(a) @ old.v)
+    return replace(new, v=solve(*equations, _RIDGE))
 
 
 def eliminate(responses: Tensor, values: Tensor, rank: int) -> Tensor:
@@ -235,7 +189,8 @@ def eliminate(responses: Tensor, values: Tensor, rank: int) -> Tensor:
         values: [r, d_model] float64.
         rank: how many are kept.
     """
-    inverse, w = torch.linalg.inv(_normal(responses)), values.clone()
+    gram, _ = ridged(responses.T @ responses, _RIDGE)
+    inverse, w = torch.linalg.inv(gram), values.clone()
     left = torch.arange(values.shape[0])
     while left.numel() > rank:
         diagonal = inverse.diagonal()

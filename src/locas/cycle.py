@@ -6,21 +6,24 @@
 
 The expansion-compression cycle of arXiv:2602.05085 app.: tokens fill slots until the capacity is reached, then NL-SVD
 makes `rank` of them, and the filling goes on. The paper finds that plain gradient steps do as well for far less time;
-`recipes/compress.py` measures it.
+`recipes/compress.py` measures it. `CycleRun` is the same as a resumable run, `locas memorize --cycle RANK`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from locas.backbone import Backbone
 from locas.bank import ACTIVATIONS, Bank
 from locas.compress import nl_svd
 from locas.initialise import empty_slots
 from locas.memory import Memory, record_reading
+from locas.run import Run
+from locas.run_settings import RunSettings, Text
 from locas.stream import ChunkRecord, Reader, ReadSettings
 
 
@@ -30,6 +33,51 @@ class CycleStep:
 
     record: ChunkRecord
     compressed: bool
+
+
+class CycleReader(Reader):
+    """A reader that compresses its memory before a chunk that would not fit.
+
+    Attributes:
+        rank: slots that are left after compressing.
+        compressed: whether that happened before the last chunk.
+
+    Raises:
+        ValueError: a gated or frozen memory, or a rank that leaves no room.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        documents: Sequence[Tensor],
+        settings: ReadSettings,
+        rank: int,
+        *,
+        start_id: int | None = None,
+    ) -> None:
+        check_cycle(bank, rank)
+        super().__init__(model, bank, documents, settings, start_id=start_id)
+        self.rank, self.compressed = rank, False
+
+    def next_chunk(self) -> list[ChunkRecord | None]:
+        assert self.bank is not None
+        needed = min(self.chunk_tokens, min(self.bank.ranks.values()) - self.rank)
+        self.compressed = not self.done and int(empty_slots(self.bank)[0]) < needed
+        if self.compressed:
+            _squeeze(self, self.bank, self.rank, clip=self.settings.write.clip)
+        return super().next_chunk()
+
+
+def check_cycle(bank: Bank, rank: int) -> None:
+    """Raises ValueError unless the expansion-compression cycle can go on with this memory, `rank` slots being left."""
+    capacity = min(bank.ranks.values())
+    if bank.variant != "mlp":
+        raise ValueError("the expansion-compression cycle is for Locas-MLP; make the memory with variant mlp")
+    if not 1 <= rank < capacity:
+        raise ValueError(f"compressing {capacity} slots (the memory's capacity) to {rank} leaves no room; use fewer")
+    if bank.frozen.any():
+        raise ValueError("frozen slots cannot be compressed while reading; thaw them first (locas.grow.thaw, --thaw)")
 
 
 def read_and_compress(
@@ -56,30 +104,54 @@ def read_and_compress(
     Raises:
         ValueError: a gated or frozen memory, or a rank that leaves no room.
     """
-    bank, settings = memory.bank, settings or ReadSettings()
-    capacity = min(bank.ranks.values())
-    if bank.variant != "mlp":
-        raise ValueError("the expansion-compression cycle is for Locas-MLP; make the memory with variant mlp")
-    if not 1 <= rank < capacity:
-        raise ValueError(f"compressing {capacity} slots (the memory's capacity) to {rank} leaves no room; use fewer")
-    if bank.frozen.any():
-        raise ValueError("frozen slots cannot be compressed while reading; thaw them first (locas.grow.thaw)")
+    settings = settings or ReadSettings()
+    check_cycle(memory.bank, rank)
     memory.check(model)
     ids = torch.as_tensor(ids)
-    reader = Reader(model, bank, [ids], settings, start_id=start_id)
-    needed = min(reader.chunk_tokens, capacity - rank)
+    reader = CycleReader(model, memory.bank, [ids], settings, rank, start_id=start_id)
     try:
         while not reader.done:
-            full = int(empty_slots(bank)[0]) < needed
-            if full:
-                _squeeze(reader, bank, rank, clip=settings.write.clip)
             (record,) = reader.next_chunk()
             assert record is not None
-            yield CycleStep(record, full)
+            yield CycleStep(record, reader.compressed)
     finally:
         stop = min(reader.position, ids.numel())
         if stop:
             record_reading(memory, ids[:stop], settings, name=name)
+            _note(memory, rank)
+
+
+class CycleRun(Run):
+    """A resumable run (see `Run`) over texts into one memory, with the cycle in place of plain reading.
+
+    Args:
+        backbone: model and tokenizer.
+        texts: in reading order.
+        output: where the memory file goes.
+        settings: with `cycle`, the slots that are left after compressing; the memory's rank is the capacity.
+
+    Raises:
+        ValueError: as for `Run`, and a memory that the cycle is not for.
+    """
+
+    def __init__(self, backbone: Backbone, texts: Sequence[Text], output: str, settings: RunSettings) -> None:
+        super().__init__(backbone, texts, output, settings)
+        check_cycle(self.memory.bank, settings.cycle)
+        _note(self.memory, settings.cycle)
+
+    def _open(self) -> Reader:
+        plain = super()._open()
+        assert plain.bank is not None
+        settings = plain.settings
+        self._reader = CycleReader(
+            plain.model, plain.bank, plain.documents, settings, self.settings.cycle, start_id=plain.start_id
+        )
+        return self._reader
+
+
+def _note(memory: Memory, rank: int) -> None:
+    settings = {**memory.provenance.settings, "cycle": {"rank": rank}}
+    memory.provenance = replace(memory.provenance, settings=settings)
 
 
 @torch.no_grad()

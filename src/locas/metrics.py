@@ -1,9 +1,11 @@
-"""Perplexity and bits per byte."""
+"""Perplexity and bits per byte, and the figures that commands print of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -40,3 +42,28 @@ class Score:
         """The score of per-token losses [n], NaN where a token was not scored; summed in float64."""
         scored = nll[~nll.isnan()].double()
         return Score(scored.numel(), n_bytes, float(scored.sum()))
+
+
+def sum_scores(scores: Iterable[Score]) -> Score:
+    """The score of several texts taken as one."""
+    return sum(scores, start=Score(0, 0, 0.0))
+
+
+def figures(score: Score, memory_parameters: int, backbone_parameters: int, seconds: float) -> dict[str, Any]:
+    """The figures that every command prints with --json; `nll` is the sum over all tokens, in nats."""
+    return brief(score) | {
+        "memory_parameters": memory_parameters,
+        "backbone_parameters": backbone_parameters,
+        "seconds": round(seconds, 3),
+    }
+
+
+def brief(score: Score) -> dict[str, Any]:
+    """The figures of a score alone; `nll` is the sum over all tokens, in nats."""
+    return {
+        "tokens": score.tokens,
+        "bytes": score.n_bytes,
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
