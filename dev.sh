@@ -2,7 +2,7 @@
 # The one command of this repository: sets up a virtual environment where there is none, then does what it is told.
 #   ./dev.sh demo [ARGS]      read the Python language reference into a memory and show that it knows it
 #   ./dev.sh locas ARGS       the command line
-#   ./dev.sh test             lint, types, every test, build
+#   ./dev.sh test [ARGS]      lint, types, every test, build; pytest gets ARGS, e.g. -n 0: all in one process
 #   ./dev.sh fast [ARGS]      unit tests only
 #   ./dev.sh lint             formatting, lint, types
 # LOCAS_VENV says where the environment is (default: .venv here), PYTHON which Python makes it.
@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 venv="${LOCAS_VENV:-.venv}"
 python="$venv/bin/python"
+parallel=(-n auto --dist worksteal)  # tests/conftest.py says how many workers
 
 # setup EXTRA: the package with its dependencies and those of an optional extra (pyproject.toml).
 setup() {
@@ -44,8 +45,8 @@ task="${1:-help}"
 case "$task" in
     demo) setup ""; exec "$venv/bin/locas" demo "$@" ;;
     locas) setup eval; exec "$venv/bin/locas" "$@" ;;
-    fast) setup dev; exec "$python" -m pytest tests/unit "$@" ;;
+    fast) setup dev; exec "$python" -m pytest "${parallel[@]}" tests/unit "$@" ;;
     lint) setup dev; lint ;;
-    test) setup dev; lint; "$python" -m pytest "$@"; build ;;
+    test) setup dev; lint; "$python" -m pytest "${parallel[@]}" "$@"; build ;;
     *) sed -n '2,8s/^# \{0,1\}//p' "$0"; [[ "$task" == help ]] || exit 2 ;;
 esac

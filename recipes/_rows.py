@@ -24,6 +24,7 @@ from locas.text import collect
 
 Row = dict[str, Any]
 SEED = 0
+WORTH_NATS = 0.01  # a token: of a smaller gain, no share is told
 
 
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
@@ -142,11 +143,15 @@ class Books:
         return float(nll[self.read_tokens :].nanmean()), float(nll[: self.read_tokens].nanmean())
 
 
-def by_place(rows: list[Row]) -> list[tuple[int, int, int, list[Row]]]:
-    """(rank, tokens read, tokens that follow, rows), for each kind of run in a file."""
-    places = dict.fromkeys((r["rank"], r["read_tokens"], r["later_tokens"], r["skip_tokens"]) for r in rows)
-    keys = ("rank", "read_tokens", "later_tokens", "skip_tokens")
-    return [(*place[:3], [r for r in rows if tuple(r[k] for k in keys) == place]) for place in places]
+def by_place(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """(what was read, rows), for each kind of run in a file."""
+    keys = ("rank", "skip_tokens", "read_tokens", "later_tokens")
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        rank, skip, read, later = (row[key] for key in keys)
+        left_out = f", the first {skip:,} left out" if skip else ""
+        found.setdefault(f"rank {rank}, {read:,} tokens of each book{left_out}, {later:,} that follow", []).append(row)
+    return list(found.items())
 
 
 def mean(values: list[float], sign: str = "") -> str:
@@ -157,6 +162,8 @@ def mean(values: list[float], sign: str = "") -> str:
 
 
 def share(values: list[float]) -> str:
-    """The same in per cent."""
+    """The same in per cent; nothing where there is nothing."""
+    if not values:
+        return ""
     centre, low, high = (100 * x for x in paired_bootstrap(values))
     return f"{centre:.0f}%" + ("" if math.isnan(low) else f" [{low:.0f}, {high:.0f}]")

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from _rows import SEED, Books, Row, by_place, mean, parser, run, share
+from _rows import SEED, WORTH_NATS, Books, Row, by_place, mean, parser, run, share
 from markdown_table import markdown
 
 import locas
@@ -133,23 +133,31 @@ def cycle(books: Books, book: str, args: argparse.Namespace, known: list[str]) -
 def table(report: Row) -> str:
     """How much of a memory's gain survives compression; NL-SVD against gradient steps. Means over books."""
     parts = []
-    for rank, read, later, rows in by_place(report["results"]):
+    for where, rows in by_place(report["results"]):
         survival = [r for r in rows if r["part"] == "survival"]
+        whole = [r for r in survival if r["what"].endswith(" whole")]
+        gains = {
+            (r["book"], r["what"].split()[0], span): r[f"gain_{span}"] for r in whole for span in ("later", "read")
+        }
         lines = []
         for what in dict.fromkeys(r["what"] for r in survival if not r["what"].endswith(" whole")):
             mine = [r for r in survival if r["what"] == what]
             variant, method, slots = what.split()
-            figures = [share([r[key] for r in mine]) for key in ("left_later", "left_read", "function_error")]
+            figures = [
+                share([r[f"left_{span}"] for r in mine if gains[r["book"], variant, span] > WORTH_NATS])
+                for span in ("later", "read")
+            ]
+            figures.append(share([r["function_error"] for r in mine]))
             seconds = sum(r["seconds"] for r in mine) / len(mine)
             lines.append(
                 [f"Locas-{variant.upper()}, {slots} slots, `{method}`", *figures, f"{seconds:.1f}", str(len(mine))]
             )
         if lines:
             parts.append(
-                f"## Compressing memories of rank {rank}: {read:,} tokens read, {later:,} that follow\n"
-                "What is left of the gain over no memory (nothing being learnt), and the relative difference of the "
-                "memory's function on activations that it was not fitted to; means over development books, with 95% "
-                "intervals.\n\n"
+                f"## Compressed memories: {where}\n"
+                f"What is left of the gain over no memory (nothing being learnt) where that is above {WORTH_NATS} nats "
+                "a token, and the relative difference of the memory's function on activations that it was not fitted "
+                "to; means over development books, with 95% intervals.\n\n"
                 + markdown(
                     ["memory", "left on what follows", "on what was read", "difference", "seconds", "books"], lines
                 )
@@ -165,9 +173,9 @@ def table(report: Row) -> str:
                 lines.append([what, str(mine[0]["slots"]), change, f"{seconds:.1f}", str(len(mine))])
         if lines:
             parts.append(
-                f"### Locas-MLP read online, {read:,} tokens: NL-SVD against gradient steps\n"
-                "Loss against no memory, every token scored before it is learnt; means over development books, with "
-                "95% intervals.\n\n"
+                f"### Locas-MLP, NL-SVD against gradient steps: {where}\n"
+                "Loss against no memory on what is read, every token scored before it is learnt; means over "
+                "development books, with 95% intervals.\n\n"
                 + markdown(["filled and learnt", "slots", "nats a token", "seconds", "books"], lines)
             )
     return "\n".join(parts)

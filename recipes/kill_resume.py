@@ -36,7 +36,7 @@ import transformers
 
 import locas
 from locas import cli
-from locas.run import STATE_FORMAT
+from locas.run_memories import OneMemory
 from locas.store import load_tensors, write_atomically
 
 PHASES = {"before the first state": 0.35, "between states": 0.45, "final save": 0.2}  # what is aimed at, and how often
@@ -265,7 +265,7 @@ def check_files(folder: Path) -> int:
     for path in memories:
         locas.load(path)
     for path in states:
-        load_tensors(path, kind=STATE_FORMAT, may_be_nan=("losses.", "baseline."))
+        load_tensors(path, kind=OneMemory.kind, may_be_nan=("losses.", "baseline."))
     return len(memories) + len(states)
 
 

@@ -11,7 +11,6 @@ be stopped and gone on with at any time. The text is stripped of Project Gutenbe
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from _setup import book_paths, options, quiet_backbone, write_report
 
 import locas
 from locas.backbone import Backbone
 from locas.evaluate.provenance import environment
-from locas.store import write_atomically
 from locas.text import collect
 
 INIT, READ, WRITE = locas.InitSettings, locas.ReadSettings, locas.WriteSettings
@@ -245,28 +243,16 @@ def _sizes(row: dict[str, Any]) -> str:
 
 def main() -> int:
     """Runs what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder with the development books")
+    parser = options(__doc__)
     parser.add_argument("--grid", choices=sorted(grids()), action="append", help="which settings (may be repeated)")
     parser.add_argument("--ablations", action="store_true", help="all grids whose name begins with ablate-")
-    parser.add_argument("--books", help="only these, by file stem, with commas between")
-    parser.add_argument("--max-tokens", type=int, help="read so many of each book's first tokens (default: all)")
-    parser.add_argument("--model", help="backbone (default: the built-in one)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/sweep.json"))
-    parser.add_argument("--table", action="store_true", help="print what has been measured, and stop")
     args = parser.parse_args()
     report = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
     if args.table or args.folder is None:
         print(table(report["results"]))
         return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    backbone = locas.load_backbone(args.model)
-    books = sorted(args.folder.glob("*.txt"))
-    books = [b for b in books if not args.books or b.stem in args.books.split(",")]
+    backbone, books = quiet_backbone(args), book_paths(args)
     for name in (args.grid or []) + (list(ablations()) if args.ablations else []):
         entries = grids()[name]
         plain = {json.dumps(asdict(e.read), sort_keys=True, default=str): e.read for e in entries}
@@ -279,7 +265,7 @@ def main() -> int:
             for row in rows(backbone, book, baselines + entries, args.max_tokens, known):
                 report["results"].append(row | {"grid": name, "whole": args.max_tokens is None})
                 report |= (where := environment(backbone)) | {"seeds": [0], "settings": where["backbone"]}
-                write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
+                write_report(args.output, report)
                 what = f"{name:>9}  {row['book']:>6}  {row['settings']['name']:<44}"
                 print(f"{what} {row['nll'] / row['tokens']:.4f} nats  {row['seconds']:.0f} s", flush=True)
     print(table(report["results"]))

@@ -9,7 +9,6 @@ is already measured is not run again. A setting that diverges on a book counts a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -18,15 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from _setup import book_paths, options, quiet_backbone, write_report
 
 import locas
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun
-from locas.evaluate.cells import finite
+from locas.evaluate.provenance import environment
 from locas.metrics import Score
-from locas.store import write_atomically
 from locas.text import collect
 
 ROOT = Path(__file__).parents[1]
@@ -78,29 +75,18 @@ def choose(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]
 
 def main() -> int:
     """Runs what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder with the development books")
+    parser = options(__doc__, books=BOOKS, max_tokens=30_000)
     parser.add_argument("-o", "--output", type=Path, help="folder for losses")
-    parser.add_argument("--books", default=BOOKS, help="by file stem, with commas between (default: %(default)s)")
     parser.add_argument("--only", help="only methods whose name begins so")
-    parser.add_argument("--max-tokens", type=int, default=30_000)
-    parser.add_argument("--model", help="backbone (default: the built-in one)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "tune_baselines.json")
-    parser.add_argument("--table", action="store_true", help="print what has been measured, and stop")
     args = parser.parse_args()
     if args.table or args.folder is None or args.output is None:
         report = json.loads(args.results.read_text())
         for method, mean in sorted(report["means"].items(), key=lambda item: item[1] or math.inf):
             print(f"{mean or math.inf:.4f}  {method}{'  *' if method in report['chosen'].values() else ''}")
         return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    backbone = locas.load_backbone(args.model)
-    paths = [args.folder / f"{stem}.txt" for stem in args.books.split(",")]
-    documents = collect(paths, gutenberg=True, reflow=True)
+    backbone = quiet_backbone(args)
+    documents = collect(book_paths(args), gutenberg=True, reflow=True)
     books = [Book.of(document, backbone, args.max_tokens) for document in documents]
     rows: list[dict[str, Any]] = []
     for method in [m for m in grid() if not args.only or m.startswith(args.only)]:
@@ -108,10 +94,8 @@ def main() -> int:
             rows.append(bits(backbone, book, args.output, method))
             print(f"{rows[-1]['bits_per_byte']:.4f}  {book.name}  {method}", flush=True)
         means, chosen = choose(rows)
-        environment = BooksRun(backbone, books, args.output, []).environment
-        settings = {"books": args.books, "max_tokens": args.max_tokens}
-        report = {**environment, "seeds": [0], "settings": settings, "means": means, "chosen": chosen, "results": rows}
-        write_atomically(args.results, (json.dumps(finite(report), indent=1) + "\n").encode())
+        where = environment(backbone) | {"seeds": [0], "settings": {"books": args.books, "max_tokens": args.max_tokens}}
+        write_report(args.results, where | {"means": means, "chosen": chosen, "results": rows})
     return 0
 
 

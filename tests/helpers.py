@@ -76,3 +76,9 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all weights and buffers."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits for [batch, seq] token ids, without gradients."""
+    with torch.no_grad():
+        return model(ids).logits

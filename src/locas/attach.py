@@ -29,13 +29,28 @@ class Attachment:
     Attributes:
         bank: what is attached.
         index: [batch] which memory each row of the batch reads (-1: none), or None; may be exchanged between
-            forward passes.
+            forward passes. It is kept on the model's device: generating copies nothing to and fro.
     """
 
-    def __init__(self, bank: Bank, index: Tensor | Sequence[int] | None, handles: list[RemovableHandle]) -> None:
+    def __init__(
+        self, bank: Bank, index: Tensor | Sequence[int] | None, device: torch.device, handles: list[RemovableHandle]
+    ) -> None:
         self.bank = bank
-        self.index = None if index is None else torch.as_tensor(index)
+        self._device = device
         self._handles = handles
+        self.index = index
+
+    @property
+    def index(self) -> Tensor | None:
+        return self._index
+
+    @index.setter
+    def index(self, index: Tensor | Sequence[int] | None) -> None:
+        if index is not None:
+            index = torch.as_tensor(index)
+            check_index(index, self.bank)
+            index = index.to(self._device)
+        self._index = index
 
     def detach(self) -> None:
         """Removes the memories. Afterwards the model is what it was; calling it twice does no harm."""
@@ -60,9 +75,7 @@ def attach(model: nn.Module, bank: Bank, index: Tensor | Sequence[int] | None = 
         ValueError: the bank does not fit the model; nothing was attached.
     """
     sites = check_fit(model, bank)
-    if index is not None:
-        check_index(torch.as_tensor(index), bank)
-    attachment = Attachment(bank, index, [])
+    attachment = Attachment(bank, index, next(iter(sites.values())).device, [])
     layers = decoder_of(model)
     for layer, site in sites.items():
         attachment._handles += _hook(attachment, layer, site, layers[layer])

@@ -19,6 +19,7 @@ The first `bank.frozen[:, i]` slots of a layer are frozen: they are read like an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,18 @@ class Slots:
     v: Tensor
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """What a layer's input is multiplied by: keys [.., (parts - 1) * rank, d_model] and values [.., rank, d_model], for
+    all rows of a batch or for each; tau, broadcast over slots, None where the values hold it; absent [batch, 1, 1]
+    bool, the rows that read no memory, None where there are none."""
+
+    keys: Tensor
+    values: Tensor
+    tau: Tensor | None
+    absent: Tensor | None
+
+
 class Bank:
     """Several memories of one shape, over some layers of a backbone, in one set of tensors.
 
@@ -100,7 +113,7 @@ class Bank:
         self.size = size
         self.parts = 3 if variant == "glu" else 2
         self.rows = torch.zeros(size, self.parts * sum(self.ranks.values()), d_model, dtype=dtype, device=device)
-        self.grad: Tensor | None = None
+        self._total: Callable[[], Tensor] | None = None
         self.tau = torch.ones(size, len(self.ranks), dtype=dtype, device=device)
         self.frozen = torch.zeros(size, len(self.ranks), dtype=torch.int64)
         self._act = ACTIVATIONS[activation]
@@ -112,7 +125,7 @@ class Bank:
         """(Re)makes the per-layer views of `rows`: leaves of the autograd graph, one for keys, one for values."""
         self._start: dict[int, int] = {}
         self._leaves: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prepared: dict[int, tuple[Any, Tensor | None, Tensor, Tensor, Tensor | None]] = {}
+        self._prepared: dict[int, tuple[Any, Tensor | None, _Operands]] = {}
         self._position = {layer: i for i, layer in enumerate(self.ranks)}
         start = 0
         for layer, rank in self.ranks.items():
@@ -188,64 +201,48 @@ class Bank:
         Raises:
             ValueError: the batch does not fit the index, or the bank where there is none.
         """
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.rows.is_inference():
-            return self._read_prepared(layer, a, index, onto)
-        keys, values = (part.to(a.device, a.dtype) for part in self._leaves[layer])
-        tau = self.tau[:, self._position[layer]].to(a.device, a.dtype)
-        if index is None and self.size == 1:
-            return _add(onto, self._gate(F.linear(a, keys)) * tau, values)
-        slots, values, absent = self._gather(keys, values, index, a)
-        if absent is None:
-            return _add(onto, self._gate(a @ slots.mT) * tau[:, None, None], values)
-        # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
-        assert index is not None
-        chosen = spread(index.to(a.device), a.shape[0])
-        tau = tau[chosen.clamp(min=0)].masked_fill(chosen < 0, 0.0)
-        return _add(onto, self._gate(a.masked_fill(absent, 0.0) @ slots.mT) * tau[:, None, None], values)
+        by = self._kept(layer, a, index) if self._may_keep(index) else self._operands(layer, a, index)
+        if by.absent is not None:
+            # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
+            a = a.masked_fill(by.absent, 0.0)
+        slots = self._gate(F.linear(a, by.keys) if by.keys.ndim == 2 else a @ by.keys.mT)
+        return _add(onto, slots if by.tau is None else slots * by.tau, by.values)
 
-    def _gather(
-        self, keys: Tensor, values: Tensor, index: Tensor | None, a: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of each row of the batch, zeros where it reads no memory, and [batch, 1, 1] where that is
-        (None: the index is None)."""
-        if index is None:
-            if a.shape[0] != self.size:
-                raise ValueError(
-                    f"a batch of {a.shape[0]} rows cannot read a bank of {self.size} memories one to one; "
-                    "pass an index that says which memory each row reads (-1: none)"
-                )
-            return keys, values, None
-        if self.size == 1:
-            keys, values = keys[None], values[None]
-        index = spread(index.to(a.device), a.shape[0])
-        chosen, absent = index.clamp(min=0), (index < 0)[:, None, None]
-        return keys[chosen].masked_fill(absent, 0.0), values[chosen].masked_fill(absent, 0.0), absent
-
-    def _read_prepared(self, layer: int, a: Tensor, index: Tensor | None, onto: Tensor | None) -> Tensor:
-        """The same without gradients: what does not depend on `a` (casts, tau times values, each row's memory) is
-        made once and kept until the rows, tau or the index change."""
-        state: tuple[Any, ...] = (self.rows._version, self.tau._version, a.dtype, a.device)
+    def _operands(self, layer: int, a: Tensor, index: Tensor | None, fold: bool = False) -> _Operands:
+        """What `a` [batch, seq, d_model] is multiplied by, in its dtype and on its device, made anew for each read.
+        Fold: tau goes into the values, before they are rounded to `a`'s dtype."""
+        keys, values = self._leaves[layer]
+        tau = self.tau[:, self._position[layer], None, None]
+        tau = tau[0] if keys.ndim == 2 else tau
+        parts = [t.to(a.device, a.dtype) for t in ([keys, values * tau] if fold else [keys, values, tau])]
+        absent = None
         if index is not None:
-            state += (id(index), index._version, a.shape[0])
+            index = spread(index.to(a.device), a.shape[0])
+            chosen, absent = index.clamp(min=0), (index < 0)[:, None, None]
+            parts = [(t[None] if keys.ndim == 2 else t)[chosen].masked_fill(absent, 0.0) for t in parts]
+        elif self.size not in (1, a.shape[0]):
+            raise ValueError(
+                f"a batch of {a.shape[0]} rows cannot read a bank of {self.size} memories one to one; "
+                "pass an index that says which memory each row reads (-1: none)"
+            )
+        return _Operands(parts[0], parts[1], None if fold else parts[2], absent)
+
+    def _kept(self, layer: int, a: Tensor, index: Tensor | None) -> _Operands:
+        """The operands, made once (each row's memory gathered and cast, tau folded in) and kept until the rows, tau or
+        the index change, or another batch, dtype or device comes."""
+        versions = [t._version for t in (self.rows, self.tau, index) if t is not None]
+        state = (versions, a.dtype, a.device, None if index is None and self.size == 1 else a.shape[0])
         kept = self._prepared.get(layer)
         if kept is None or kept[0] != state or kept[1] is not index:
-            keys, values = (part.detach() for part in self._leaves[layer])
-            tau = (
-                self.tau[:, self._position[layer], None, None] if self.size > 1 else self.tau[0, self._position[layer]]
-            )
-            keys, values = keys.to(a.device, a.dtype), (values * tau).to(a.device, a.dtype)
-            absent = None
-            if index is not None or self.size > 1:
-                keys, values, absent = self._gather(keys, values, index, a)
-                absent = absent if absent is not None and absent.any() else None
-            kept = self._prepared[layer] = (state, index, keys, values, absent)
-        _, _, keys, values, absent = kept
-        if keys.ndim == 2:
-            return _add(onto, self._gate(F.linear(a, keys)), values)
-        if a.shape[0] != keys.shape[0]:
-            self._gather(keys, values, index, a)  # raises
-        a = a if absent is None else a.masked_fill(absent, 0.0)
-        return _add(onto, self._gate(a @ keys.mT), values)
+            made = _shared(self._operands(layer, a, index, fold=True), index)
+            kept = self._prepared[layer] = (state, index, made)
+        return kept[2]
+
+    def _may_keep(self, index: Tensor | None) -> bool:
+        """Whether operands can be kept: there are no gradients, and a change would be noticed."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return not (self.rows.is_inference() or (index is not None and index.is_inference()))
 
     def _gate(self, both: Tensor) -> Tensor:
         if self.variant == "mlp":
@@ -257,21 +254,25 @@ class Bank:
 
     def requires_grad_(self, on: bool = True) -> Bank:
         """Turns gradients on: after a backward pass they are in `grad`, shaped like `rows`."""
-        if not on:
-            self.grad = None
-            self._bind()
-            return self
         self._bind()
-        self.grad = torch.zeros_like(self.rows)
-        total = self.grad[0] if self.size == 1 else self.grad
+        self._total = None
+        if not on:
+            return self
+        # Made when first needed: not before a forward pass is over, which is when memory is scarce.
+        self._total = total = functools.cache(functools.partial(torch.zeros_like, self.rows))
         for layer, leaves in self._leaves.items():
             start = self._start[layer]
             for leaf in leaves:
                 stop = start + leaf.shape[-2]
                 leaf.requires_grad_(True)
-                leaf.register_post_accumulate_grad_hook(_move_grad_to(total[..., start:stop, :]))
+                leaf.register_post_accumulate_grad_hook(_move_grad_to(total, slice(start, stop)))
                 start = stop
         return self
+
+    @property
+    def grad(self) -> Tensor | None:
+        """[bank, n_rows, d_model] the sum of all gradients since they were turned on; None where they are off."""
+        return None if self._total is None else self._total()
 
     def leaves(self) -> list[Tensor]:
         """The tensors to differentiate, views of `rows`; a backward pass adds their gradients up in `grad`."""
@@ -340,6 +341,22 @@ class Bank:
         )
 
 
+def _shared(by: _Operands, index: Tensor | None) -> _Operands:
+    """The same, without gradients; rows that all read one memory, or none, share it: fetched once, not once a row."""
+    keys, values, absent = by.keys.detach(), by.values.detach(), by.absent
+    if index is None or absent is None:
+        return _Operands(keys, values, None, None)
+    present = (~absent).flatten().nonzero().flatten()
+    if present.numel() == absent.shape[0]:
+        absent = None
+    if index[index >= 0].unique().numel() == 1:
+        one_keys, one_values = keys[present[0]].clone(), values[present[0]].clone()
+        # Rows without memory then meet its values, with slots of 0: exactly nothing if those are numbers.
+        if absent is None or (one_keys.isfinite().all() and one_values.isfinite().all()):
+            keys, values = one_keys, one_values
+    return _Operands(keys, values, None, absent)
+
+
 def _add(onto: Tensor | None, slots: Tensor, values: Tensor) -> Tensor:
     """onto + slots @ values, as one operation where dtypes and devices allow it. Not under autocast: that would round
     `onto` as well. slots: [batch, seq, rank]; values: [rank, d_model], or for each row [batch, rank, d_model]."""
@@ -352,13 +369,13 @@ def _add(onto: Tensor | None, slots: Tensor, values: Tensor) -> Tensor:
     return torch.addmm(onto.flatten(0, -2), slots.flatten(0, -2), values).view(onto.shape)
 
 
-def _move_grad_to(total: Tensor) -> Callable[[Tensor], None]:
-    """Hook that adds a leaf's fresh gradient to `total`. Were `total` the leaf's own `.grad`, autograd would warn:
-    it wants a contiguous one, which a part of a bank of several memories is not."""
+def _move_grad_to(total: Callable[[], Tensor], rows: slice) -> Callable[[Tensor], None]:
+    """Hook that adds a leaf's fresh gradient to these rows of `total`. Were they the leaf's own `.grad`, autograd would
+    warn: it wants a contiguous one, which a part of a bank of several memories is not."""
 
     def move(leaf: Tensor) -> None:
         assert leaf.grad is not None
-        total.add_(leaf.grad)
+        total()[:, rows].add_(leaf.grad)
         leaf.grad = None
 
     return move

@@ -170,7 +170,8 @@ def _part_record(memory: Memory, weight: float) -> dict[str, Any]:
     about = {key: value for key, value in memory.manifest().items() if key not in _SHARED}
     dtype = str(memory.bank.rows.dtype).removeprefix("torch.")
     about |= {"activation": memory.bank.activation, "settings": _noted(memory.provenance.settings, _NESTED)}
-    return {"weight": weight, "sha256": sha256_of(memory), "dtype": dtype, **about}
+    plain: dict[str, Any] = json.loads(json.dumps(about))  # as it comes out of a file: lists for tuples
+    return {"weight": weight, "sha256": sha256_of(memory), "dtype": dtype, **plain}
 
 
 def _noted(settings: Mapping[str, Any], depth: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from locas.head import IGNORED, head_nll, plain_head, token_nll
+from locas.head import IGNORED, head_nll, token_nll
+from locas.lean import one_mask, recomputed
 
 
 @contextmanager
@@ -72,9 +73,9 @@ def chunk_nll(
     Returns:
         [batch, seq] float32 or better; 0 where the target is `IGNORED`.
     """
-    if head is None:
-        return token_nll(call(model, inputs, **prefix).logits, targets)
-    return head_nll(call(decoder(model), inputs, **prefix).last_hidden_state, head, targets)
+    with one_mask(model), recomputed() if torch.is_grad_enabled() else nullcontext():
+        output = call(model if head is None else decoder(model), inputs, **prefix)
+    return token_nll(output.logits, targets) if head is None else head_nll(output.last_hidden_state, head, targets)
 
 
 def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
@@ -88,13 +89,24 @@ def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
 
 
 def find_head(model: nn.Module) -> nn.Linear | None:
-    """The output matrix, where the model's logits are no more than its product with the decoder's output, so that
-    `chunk_nll` need not hold all logits; else None."""
-    base = decoder(model)
-    if base is model:
+    """The output matrix, where the model's logits are no more than its product with the decoder's output, bit for bit,
+    so that `chunk_nll` need not hold all logits; else None. Found out by running two tokens."""
+    base, getter = decoder(model), getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if base is model or type(head) is not nn.Linear or _is_watched(head) or head.weight.device.type == "meta":
         return None
-    with frozen(model):
-        return plain_head(model, base)
+    probe = torch.arange(2, device=device_of(model))[None]
+    with torch.no_grad(), frozen(model):
+        hidden = getattr(call(base, probe), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != head.in_features or hidden.device != head.weight.device:
+            return None
+        return head if torch.equal(call(model, probe).logits, head(hidden)) else None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether someone else's hooks would be passed over if the module's weight were used without calling it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, getattr(module, "_hf_hook", None))
+    return any(hooks)
 
 
 def call(model: nn.Module, inputs: Tensor, **more: Any) -> Any:
@@ -125,7 +137,7 @@ def input_embedding(model: Any) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where token ids go in: the device of the input embedding ."""
+    """Where token ids go in: the device of the input embedding."""
     embedding = input_embedding(model)
     device = next(embedding.parameters()).device
     # accelerate keeps offloaded weights on "meta" and brings them to the execution device for the call.

@@ -75,7 +75,7 @@ def grow(
 def freeze(memory: Memory) -> Memory:
     """A copy of the memory in which no slot that it has now is written any more; slots that it grows are.
 
-    Its file says so too. Composing makes a memory that is free again: freeze that one where it is needed.
+    Its file says so too, and what is frozen stays so when the memory is composed or compressed.
     """
     bank = memory.bank.clone()
     bank.frozen[0] = torch.tensor(list(bank.ranks.values()))

@@ -2,8 +2,8 @@
 
 Most backbones end in one plain matrix. There the loss and its gradient are made together, a piece of the tokens at a
 time: what a chunk costs is the two products and one pass of the exponential, and its logits take a few MiB instead of
-seq x vocab numbers thrice. Where a backbone does more (soft caps, scales, a quantised matrix), `plain_head` finds that
-out by trying, and the loss goes through the backbone's own logits.
+seq x vocab numbers thrice. Where a backbone does more (soft caps, scales, a quantised matrix), `forward.find_head`
+finds that out by trying, and the loss goes through the backbone's own logits.
 """
 
 from __future__ import annotations
@@ -20,36 +20,6 @@ IGNORED = -100  # a target that is not scored, as in torch's cross-entropy
 # A piece of logits has about so many entries, but at least so many tokens: below that the product is slow.
 _PIECE_ENTRIES = 2**24
 _PIECE_TOKENS = 256
-
-
-def plain_head(model: nn.Module, decoder: nn.Module) -> nn.Linear | None:
-    """The backbone's output matrix, where its logits are that matrix times the decoder's output, bit for bit, and no
-    more; else None. Found out by running two tokens.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        decoder: the part of it that ends before the output head.
-    """
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if type(head) is not nn.Linear or _is_watched(head) or head.weight.device.type == "meta":
-        return None
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device = next(embedding.parameters()).device
-    if device.type == "meta":
-        return None
-    with torch.no_grad():
-        probe = torch.arange(2, device=device)[None]
-        hidden = getattr(decoder(input_ids=probe, use_cache=False), "last_hidden_state", None)
-        if hidden is None or hidden.shape[-1] != head.in_features or hidden.device != head.weight.device:
-            return None
-        return head if torch.equal(model(input_ids=probe, use_cache=False).logits, head(hidden)) else None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether someone else's hooks would be passed over if the module's weight were used without calling it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, getattr(module, "_hf_hook", None))
-    return any(hooks)
 
 
 def head_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

@@ -11,7 +11,8 @@
 
 An adapter's tensors and its manifest (`LocasConfig.memory`, as in a memory file) are those of a memory, so that
 conversion is exact both ways, and a read is the attached memory's, operation by operation. PEFT's own training works
-on them; it knows nothing of frozen slots.
+on them. Frozen slots get no gradient there; an optimiser may still change them (by weight decay), and `from_peft` then
+refuses to call them frozen.
 
 PEFT has no public way to add a method: its enum of types is closed. We add a member to it; this, and what else of PEFT
 is used, is pinned by `tests/unit/test_peft_bridge.py` for the versions in `PEFT_RANGE`.
@@ -19,6 +20,7 @@ is used, is pinned by `tests/unit/test_peft_bridge.py` for the versions in `PEFT
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -80,6 +82,7 @@ class LocasConfig(PeftConfig):
         tau_scale, activation, seed: see `InitSettings`.
         layers: which layers get slots; None: all.
         memory: the manifest of the memory that this adapter is; filled in when the adapter is made.
+        frozen_sha256: of the rows of its frozen slots, None where there are none; filled in likewise.
         target_modules: not used; PEFT wants it to be there.
     """
 
@@ -91,6 +94,7 @@ class LocasConfig(PeftConfig):
     seed: int = 0
     layers: list[int] | None = None
     memory: dict[str, Any] | None = None
+    frozen_sha256: str | None = None
     target_modules: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -119,6 +123,7 @@ class LocasLayer(nn.Module, BaseTunerLayer):
         self.locas_values = nn.ParameterDict({})  # [rank, d_model]
         self.locas_tau: dict[str, Tensor] = {}
         self._kinds: dict[str, tuple[str, str]] = {}
+        self._frozen: dict[str, int] = {}  # how many of each adapter's slots, the first ones
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._carried: list[Tensor] = []
@@ -151,6 +156,7 @@ class LocasLayer(nn.Module, BaseTunerLayer):
                 parameter.data.copy_(rows)
         self.locas_tau[adapter] = bank.tau[0, bank.layers.index(self.layer)].detach().clone().cpu()
         self._kinds[adapter] = (bank.variant, bank.activation)
+        self._frozen[adapter] = int(bank.frozen[0, bank.layers.index(self.layer)])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.base_layer(*args, **kwargs)
@@ -167,7 +173,10 @@ class LocasLayer(nn.Module, BaseTunerLayer):
         """tau * V^T(act(G A) * (K A)), operation by operation as `Bank.read`."""
         variant, activation = self._kinds[adapter]
         act = ACTIVATIONS[activation]
-        keys, values = (p[adapter].to(a.device, a.dtype) for p in (self.locas_keys, self.locas_values))
+        keys, values = self.locas_keys[adapter], self.locas_values[adapter]
+        if torch.is_grad_enabled() and (n := self._frozen[adapter]):
+            keys, values = (_without_gradient(rows, n, len(values)) for rows in (keys, values))
+        keys, values = keys.to(a.device, a.dtype), values.to(a.device, a.dtype)
         both = a @ keys.T
         if variant == "mlp":
             m = act(both)
@@ -188,6 +197,11 @@ class LocasLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         raise NotImplementedError("nothing was merged in place; `locas unmerge` undoes `locas merge`")
+
+
+def _without_gradient(rows: Tensor, n: int, rank: int) -> Tensor:
+    """The same rows, [parts * rank, d_model], of which the first `n` of every `rank` get no gradient."""
+    return torch.cat([piece for part in rows.split(rank) for piece in (part[:n].detach(), part[n:])])
 
 
 class LocasModel(BaseTuner):
@@ -271,7 +285,7 @@ def to_peft(model: Any, memory: Memory, adapter_name: str = "default") -> PeftMo
     """
     backbone = model.get_base_model() if isinstance(model, PeftModel) else model
     memory.check(backbone)
-    config = LocasConfig(memory=_as_json(memory), task_type="CAUSAL_LM")
+    config = LocasConfig(memory=_as_json(memory), frozen_sha256=_frozen_sha256(memory), task_type="CAUSAL_LM")
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         adapted = model
@@ -290,7 +304,7 @@ def from_peft(adapted: PeftModel, adapter_name: str = "default") -> Memory:
     """The adapter as a memory, with the provenance that it came with.
 
     Raises:
-        ValueError: no such adapter, or one of another kind.
+        ValueError: no such adapter, one of another kind, or one whose frozen slots were changed.
     """
     config = adapted.peft_config.get(adapter_name)
     if not isinstance(config, LocasConfig) or config.memory is None:
@@ -304,7 +318,21 @@ def from_peft(adapted: PeftModel, adapter_name: str = "default") -> Memory:
             if slots.g is not None:
                 slots.g[0].copy_(keys[: slots.k.shape[1]])
             slots.v[0].copy_(module.locas_values[adapter_name].detach())
+    if config.frozen_sha256 != _frozen_sha256(memory):
+        raise ValueError(
+            f"training changed frozen slots of the adapter {adapter_name!r} (weight decay does): they are not what the "
+            "memory promises. Train without weight decay, or make the adapter of a thawed memory (locas.grow.thaw)"
+        )
     return memory
+
+
+def _frozen_sha256(memory: Memory) -> str | None:
+    """Of the rows of frozen slots, whatever the dtype that they are kept in; None where there are none."""
+    frozen = memory.bank.frozen_rows()
+    if frozen is None:
+        return None
+    rows = memory.bank.rows[frozen].detach().double().cpu().contiguous()
+    return hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _fresh(model: nn.Module, config: LocasConfig) -> Memory:

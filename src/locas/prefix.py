@@ -12,11 +12,13 @@ window; they are read for several chunks ahead in one batch, since each chunk fi
 count on from chunk to chunk; every `refresh` chunks the window is recomputed and they start from 0 again.
 
 This needs a backbone that knows positions by their distances only (rotary embeddings, ALiBi); `positions_are_relative`
-finds out by trying.
+finds out by trying. `prefix_for` chooses between the two ways.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +26,59 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas.forward import call, decoder, device_of, frozen
+from locas.forward import call, decoder, device_of, frozen, read_prefix
+from locas.read_settings import ReadSettings
+from locas.window import Layout
 
 _PROBE_TOKENS = 5
 _AHEAD = 16  # chunks for which the sinks are read at once
+
+
+def prefix_for(
+    model: nn.Module, documents: Sequence[Tensor], layout: Layout, settings: ReadSettings
+) -> KeptPrefix | RecomputedPrefix:
+    """How these documents' context is to be read: kept where that is asked for and possible, else recomputed.
+
+    Warns where the backbone's positions do not allow it.
+    """
+    limit = layout.window_tokens - layout.chunk_tokens - 1
+    if not settings.reuse or limit < 1:
+        return RecomputedPrefix(model)
+    if not positions_are_relative(model, settings.refresh * layout.chunk_tokens + layout.window_tokens):
+        warnings.warn(
+            f"{type(model).__name__} knows positions by their numbers, not by their distances, so its context "
+            "cannot be kept from chunk to chunk: every window is recomputed",
+            stacklevel=3,
+        )
+        return RecomputedPrefix(model)
+    lead = documents[0].new_tensor([] if layout.start_id is None else [layout.start_id])
+    sinks = min(settings.sinks, limit // 2)
+    first = [torch.cat([lead, document])[:sinks] for document in documents]
+    return KeptPrefix(model, first, limit, layout.chunk_tokens, settings.refresh)
+
+
+class RecomputedPrefix:
+    """Reads every window's context anew, and remembers nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def context(self, rows: list[int], prefix: Tensor, n_inputs: int) -> dict[str, Any]:
+        """See `KeptPrefix.context`."""
+        return read_prefix(self.model, prefix)
+
+    def keep(self) -> None:
+        """Nothing."""
+
+    def forget(self) -> None:
+        """Nothing."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing."""
 
 
 @dataclass

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,88 +21,14 @@ from torch import Tensor, nn
 
 from locas.attach import attached, check_fit
 from locas.bank import Bank
-from locas.forward import (
-    IGNORED,
-    chunk_nll,
-    device_of,
-    find_head,
-    frozen,
-    input_embedding,
-    read_prefix,
-    trained_context,
-)
+from locas.forward import IGNORED, chunk_nll, device_of, find_head, frozen
 from locas.initialise import empty_slots, fill_slots, stepwise_rows
-from locas.prefix import KeptPrefix, positions_are_relative
-from locas.write import Writer, WriteSettings
-
-_DEFAULT_WINDOW = 2048  # tokens; the paper's
+from locas.prefix import KeptPrefix, prefix_for
+from locas.read_settings import ReadSettings
+from locas.window import Layout, Window, check_documents
+from locas.write import Writer
 
 OnFailure = Literal["raise", "drop"]
-
-
-@dataclass(frozen=True)
-class ReadSettings:
-    """How a document is read.
-
-    Attributes:
-        window: tokens that the model sees at once, start token included; None: 2,048 or the backbone's trained
-            context, whichever is shorter.
-        chunk: tokens that are scored, and then written, at once; None: half the window.
-        steps: gradient steps for each chunk.
-        fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
-        start_in_every_window: put the start token before every window, not only before the document's first token;
-            None: as the tokenizer does where one is at hand, else yes.
-        reuse: keep the context's keys and values from chunk to chunk instead of recomputing them: faster, not exactly
-            the same (docs/results.md has the figures). Backbones with absolute positions recompute all the same.
-        refresh: with reuse, recompute the window after so many chunks.
-        sinks: with reuse, so many of the document's first tokens stay in every window.
-        write: the write rule and its settings.
-    """
-
-    window: int | None = None
-    chunk: int | None = None
-    steps: int = 1
-    fill_eps: float = 0.01
-    start_in_every_window: bool | None = None
-    reuse: bool = False
-    refresh: int = 64
-    sinks: int = 4
-    write: WriteSettings = field(default_factory=WriteSettings)
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 2:
-            raise ValueError(f"a window needs at least 2 tokens; got {self.window}")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"a chunk needs at least 1 token; got {self.chunk}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more (to score without learning pass learn=False); got {self.steps}")
-        if self.refresh < 1:
-            raise ValueError(f"refresh must be 1 (recompute every window) or more chunks; got {self.refresh}")
-        if self.sinks < 0:
-            raise ValueError(f"sinks must be 0 or more tokens; got {self.sinks}")
-        if not (self.fill_eps > 0 and math.isfinite(self.fill_eps)):
-            raise ValueError(f"fill_eps must be a positive number; got {self.fill_eps}")
-
-    def sizes(self, model: nn.Module) -> tuple[int, int]:
-        """(window, chunk) in tokens for this model.
-
-        Raises:
-            ValueError: the window exceeds the context that the model was trained for, or the chunk the window.
-        """
-        trained = trained_context(model)
-        window = self.window or min(_DEFAULT_WINDOW, trained or _DEFAULT_WINDOW)
-        if trained is not None and window > trained:
-            raise ValueError(
-                f"a window of {window} tokens is longer than the {trained} that this backbone was trained for; "
-                f"use {trained} or less (--window {trained})"
-            )
-        chunk = self.chunk or max(1, window // 2)
-        if chunk >= window:
-            raise ValueError(
-                f"a chunk of {chunk} tokens does not fit into a window of {window}: at least one token of context "
-                f"goes before it; use --chunk {max(1, window // 2)} or a longer --window"
-            )
-        return window, chunk
 
 
 @dataclass(frozen=True)
@@ -133,19 +58,6 @@ class ChunkRecord:
     filled: int
     undone: bool
     step_scale: float
-
-
-@dataclass(frozen=True)
-class Window:
-    """One chunk of the live documents as the model gets it. inputs: [live, seq]; targets: [live, chunk]."""
-
-    start: int
-    rows: list[int]
-    stops: list[int]
-    inputs: Tensor
-    targets: Tensor
-    prefix_tokens: int
-    first_target: int
 
 
 class Reader:
@@ -186,7 +98,7 @@ class Reader:
         if on_failure not in get_args(OnFailure):
             raise ValueError(f"on_failure {on_failure!r} is not one of {', '.join(get_args(OnFailure))}")
         self.window_tokens, self.chunk_tokens = settings.sizes(model)
-        _check_documents(model, documents, bank, first_token, start_id)
+        check_documents(model, documents, bank, first_token, start_id)
         self.model = model
         self.bank = bank
         self.sites = check_fit(model, bank) if bank is not None else {}
@@ -200,33 +112,17 @@ class Reader:
         learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
         self._head = find_head(model)
-        self._prefix = self._keeper()
+        everywhere = settings.start_in_every_window is not False
+        self._layout = Layout(self.window_tokens, self.chunk_tokens, start_id, everywhere)
+        self._prefix = prefix_for(model, self.documents, self._layout, settings)
         self._to_fill = self._may_fill()
-
-    def _keeper(self) -> KeptPrefix | None:
-        """None where every window is recomputed."""
-        limit = self.window_tokens - self.chunk_tokens - 1
-        settings = self.settings
-        if not settings.reuse or limit < 1:
-            return None
-        if not positions_are_relative(self.model, settings.refresh * self.chunk_tokens + self.window_tokens):
-            warnings.warn(
-                f"{type(self.model).__name__} knows positions by their numbers, not by their distances, so its context "
-                "cannot be kept from chunk to chunk: every window is recomputed",
-                stacklevel=3,
-            )
-            return None
-        lead = self.documents[0].new_tensor([] if self.start_id is None else [self.start_id])
-        sinks = min(settings.sinks, limit // 2)
-        first = [torch.cat([lead, d])[:sinks] for d in self.documents]
-        return KeptPrefix(self.model, first, limit, self.chunk_tokens, settings.refresh)
 
     # ---------------------------------------------------------------- reading
 
     @property
     def reuses(self) -> bool:
         """Whether the context is kept from chunk to chunk."""
-        return self._prefix is not None
+        return isinstance(self._prefix, KeptPrefix)
 
     @property
     def done(self) -> bool:
@@ -268,8 +164,7 @@ class Reader:
                     index = None if bank.size == 1 else torch.tensor(window.rows)
                     with attached(self.model, bank, index):
                         nll, norms, filled, undone = self._score_and_write(window)
-            if self._prefix is not None:
-                self._prefix.keep()
+            self._prefix.keep()
         finally:
             if bank is not None:
                 bank.requires_grad_(False)
@@ -278,34 +173,14 @@ class Reader:
 
     def window(self) -> Window:
         """The next chunk as the model will get it; baselines learn from it in their own way."""
-        start = self.position
-        rows = self._unread()
-        stops = [min(start + self.chunk_tokens, self.documents[i].numel()) for i in rows]
-        stop = max(stops)
-        starts_here = self.start_id is not None and self.settings.start_in_every_window is not False
-        # Room for the chunk at its full length, so that a short last chunk does not get more context than others.
-        left = max(0, start + self.chunk_tokens - (self.window_tokens - starts_here))
-        lead = [] if self.start_id is None or (left > 0 and not starts_here) else [self.start_id]
-        first_target = start if (start > left or lead) else start + 1
-        inputs = torch.zeros(len(rows), len(lead) + stop - 1 - left, dtype=torch.int64, device=self.device)
-        targets = torch.full((len(rows), stop - first_target), IGNORED, dtype=torch.int64, device=self.device)
-        for i, (row, end) in enumerate(zip(rows, stops, strict=True)):
-            document = self.documents[row]
-            inputs[i, : len(lead)] = torch.tensor(lead)
-            inputs[i, len(lead) : len(lead) + end - 1 - left] = document[left : end - 1]
-            targets[i, : max(0, end - first_target)] = document[first_target:end]
-        prefix = max(0, len(lead) + first_target - 1 - left)
-        return Window(start, rows, stops, inputs, targets, prefix, first_target)
+        return self._layout.window(self.documents, self._unread(), self.position)
 
     def _score(self, window: Window) -> tuple[Tensor, Tensor]:
         """Each target's loss [live, chunk], and each document's mean loss [live]."""
         if window.targets.shape[1] == 0:
             return window.targets.new_zeros(window.targets.shape, dtype=torch.float32), torch.zeros(len(window.rows))
         before, inputs = window.inputs.tensor_split([window.prefix_tokens], dim=1)
-        if self._prefix is None:
-            prefix = read_prefix(self.model, before)
-        else:
-            prefix = self._prefix.context(window.rows, before, inputs.shape[1])
+        prefix = self._prefix.context(window.rows, before, inputs.shape[1])
         nll = chunk_nll(self.model, inputs, window.targets, prefix, self._head)
         counts = (window.targets != IGNORED).sum(dim=1).clamp(min=1)
         return nll, nll.sum(dim=1) / counts
@@ -340,14 +215,13 @@ class Reader:
         bad = self._scatter(window, ~losses.detach().isfinite())
         bad[list(self.failed)] = False  # dropped earlier in this chunk
         if bad.any():
-            kept = self._prefix.state() if self._prefix is not None else {}
+            kept = self._prefix.state()
             if self.writer is not None:
                 self.writer.undo(bad)
-                if self._prefix is not None:
-                    self._prefix.forget()
+                self._prefix.forget()
                 nll, losses = self._score(window)
             self._check_finite(window, losses)
-            if kept and self._prefix is not None and all(row in self.failed for row in bad.nonzero()[:, 0].tolist()):
+            if kept and all(row in self.failed for row in bad.nonzero()[:, 0].tolist()):
                 self._prefix.load_state(kept)  # the others go on as if nothing had happened
                 nll, losses = self._score(window)
         return nll, losses, bad
@@ -451,8 +325,7 @@ class Reader:
             state |= {"rows": self.bank.rows, "tau": self.bank.tau}
         if self.writer is not None:
             state |= {f"writer.{name}": t for name, t in self.writer.state().items()}
-        if self._prefix is not None:
-            state |= {f"prefix.{name}": t for name, t in self._prefix.state().items()}
+        state |= {f"prefix.{name}": t for name, t in self._prefix.state().items()}
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -462,8 +335,7 @@ class Reader:
             ValueError: the state is of another layout; nothing was changed.
         """
         self._check_state(state)
-        if self._prefix is not None:
-            self._prefix.load_state(_part(state, "prefix."))
+        self._prefix.load_state(_part(state, "prefix."))
         if self.bank is not None:
             self.bank.rows.copy_(state["rows"])
             self.bank.tau.copy_(state["tau"])
@@ -504,25 +376,3 @@ def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def _norms(grad: Tensor, rows: list[int]) -> Tensor:
     return grad[rows].flatten(1).norm(dim=1).cpu()
-
-
-def _check_documents(
-    model: nn.Module, documents: Sequence[Tensor], bank: Bank | None, first_token: int, start_id: int | None
-) -> None:
-    if not documents:
-        raise ValueError("there is no document to read")
-    if bank is not None and bank.size != len(documents):
-        raise ValueError(f"{len(documents)} documents need as many memories; the bank holds {bank.size}")
-    vocabulary = next(input_embedding(model).parameters()).shape[0]
-    if start_id is not None and not 0 <= start_id < vocabulary:
-        raise ValueError(f"the start token {start_id} is not among the 0..{vocabulary - 1} that the backbone knows")
-    for i, ids in enumerate(documents):
-        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"document {i} must be a vector of token ids; got {tuple(ids.shape)} {ids.dtype}")
-        if ids.numel() <= first_token or first_token < 0:
-            raise ValueError(f"document {i} has {ids.numel()} tokens: there is nothing to read from {first_token} on")
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ValueError(
-                f"document {i} has token ids {int(ids.min())}..{int(ids.max())}, but the backbone knows "
-                f"0..{vocabulary - 1}; was it encoded with another tokenizer?"
-            )

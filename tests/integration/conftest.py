@@ -1,25 +1,28 @@
 """Fixtures of the integration tests."""
 
-import subprocess
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from processes import Locas, command, environment, sentences
+from processes import Forks, Locas, sentences
 
 
 @pytest.fixture(scope="session")
-def locas() -> Locas:
-    """Runs the command line in a fresh process."""
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts `locas` processes; one for all tests, so that the imports are done once."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
-    def run(*args: object, stdin: str | None = None, status: int = 0) -> "subprocess.CompletedProcess[str]":
-        done = subprocess.run(
-            command(*args), input=stdin, capture_output=True, text=True, env=environment(), timeout=300, check=False
-        )
-        assert done.returncode == status, done.stderr
-        return done
 
-    return run
+@pytest.fixture(scope="session")
+def locas(forks: Forks) -> Locas:
+    """Runs the command line in a process of its own, to its end."""
+    return forks.run
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """`locas memorize --batch`: a memory for each text, also when it is killed and goes on."""
 
 import json
-import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from locas.backbone import Backbone, load_backbone
 from locas.cli import main
 from locas.memory import load
 from locas.store import load_tensors
-from processes import Locas, command, environment, sentences
+from processes import Forks, sentences
 
 pytestmark = pytest.mark.integration
 
@@ -36,10 +34,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_batch_is_read_as_its_texts_are_alone_and_survives_kills(
-    texts: list[Path], tmp_path: Path, locas: Locas, capsys: pytest.CaptureFixture[str]
+    texts: list[Path], tmp_path: Path, forks: Forks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("memorize", *texts, "--batch", "2", *SIZES, "--json")
-    results = json.loads(locas(*arguments, "-o", tmp_path / "whole").stdout)
+    results = json.loads(forks.run(*arguments, "-o", tmp_path / "whole").stdout)
     whole = contents(tmp_path / "whole")
     assert list(whole) == ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert [d["name"] for d in results["documents"]] == ["a.txt", "b.txt", "c.txt"]
@@ -58,23 +56,13 @@ def test_a_batch_is_read_as_its_texts_are_alone_and_survives_kills(
         torch.testing.assert_close(mine.bank.rows, other.bank.rows, rtol=1e-3, atol=1e-4)
 
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(*arguments, "-o", folder, "--save-every", "0"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
-    until = time.monotonic() + 60
-    while not list(folder.glob("*.partial")) and time.monotonic() < until:
-        assert process.poll() is None
-        time.sleep(0.005)
+    process = forks.start(*arguments, "-o", folder, "--save-every", "0")
+    process.alive_until(lambda: bool(list(folder.glob("*.partial"))))
     time.sleep(0.3)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
     (state,) = folder.glob("*.partial")
     load_tensors(state, kind="locas-batch-run", may_be_nan=("losses.",))
-    done = locas(*arguments, "-o", folder, "--save-every", "0", "--resume")
+    done = forks.run(*arguments, "-o", folder, "--save-every", "0", "--resume")
     assert "going on at token" in done.stderr
     assert contents(folder) == whole
     assert json.loads(done.stdout)["nll"] == results["nll"]

@@ -36,7 +36,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```(python|)\n(.*?)^```", PAGE, re.S | re.M)
-    assert len(blocks) == 14
+    assert len(blocks) == 17
     for language, block in blocks:
         if language == "python":
             with warnings.catch_warnings():
@@ -49,6 +49,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         for line in block.splitlines():
             assert main(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
     # What the page says of its results.
+    assert (tmp_path / "a_again.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
     assert not torch.equal(names["from_a"], names["plain"])
     assert (tmp_path / "b_again.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     with torch.no_grad():

@@ -3,17 +3,15 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import locas.cli
-from processes import Locas, command, environment, sentences
+from processes import Forks, Locas, sentences
 
 pytestmark = pytest.mark.integration
 
@@ -208,17 +206,13 @@ def test_mmlu_is_asked_before_and_after_without_a_network(
     assert list(found["after"]) == ["locas r2"]  # at the method's own step size only
 
 
-def test_a_run_that_is_killed_keeps_what_it_had(books: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_that_is_killed_keeps_what_it_had(books: Path, tmp_path: Path, capsys: Any, forks: Forks) -> None:
     out = tmp_path / "out"
     args = ("eval", "forgetting", books / "whale.txt", "--unrelated", books / "numbers.txt", "-o", out, *FORGETTING)
     more = ("--methods", "locas", "--ranks", ",".join(map(str, range(1, 20))), "--json")
-    started = subprocess.Popen(command(*args, *more), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not (out / "cells.json").exists() and time.monotonic() < until:
-        assert started.poll() is None, started.communicate()[1].decode()
-        time.sleep(0.05)
-    started.send_signal(signal.SIGKILL)
-    started.communicate()
+    started = forks.start(*args, *more)
+    started.alive_until((out / "cells.json").exists)
+    started.kill()
     kept = json.loads((out / "cells.json").read_text())["cells"]
     assert 0 < len(kept) < 19
     assert run(*args, "--methods", "locas", "--ranks", "1,2", "--json") == 0

@@ -43,6 +43,15 @@ assert not any(name.startswith("locas") and module for name, module in sys.modul
 print("equal")
 """
 
+TWICE = """
+import contextlib, io, json, sys
+from locas.cli import main
+for name in ("org/tiny", "org/other"):
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        status = main([*sys.argv[1:], "--model", name])
+    print(json.dumps([status, shown.getvalue()]))
+"""
+
 SLOWLY = """
 import sys, time
 from locas.merge import merge
@@ -54,13 +63,14 @@ merge([sys.argv[1]], sys.argv[2], on_progress=wait)
 
 PEAK = """
 import gc, json, sys
-from locas.merge import merge, _skeleton
+from locas.merge import merge
+from locas.merge_plan import skeleton
 from locas.unmerge import unmerge
 from locas.checkpoint import open_checkpoint
 def resident(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-_skeleton(open_checkpoint(sys.argv[2]).config)  # what any model of this kind takes, and its imports
+skeleton(open_checkpoint(sys.argv[2]).config)  # what any model of this kind takes, and its imports
 gc.collect()
 before = resident("VmRSS")
 merge([sys.argv[1]], sys.argv[3])
@@ -139,16 +149,15 @@ def test_a_name_on_the_hub(tmp_path: Path) -> None:
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(i))
     memory, output = source.with_suffix(".safetensors"), tmp_path / "merged"
     offline = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = ("-W", "error", "-m", "locas", "merge", memory, "-o", output, "--json", "--model")
-    result = python(*command, "org/tiny", **offline)
+    result = python("-W", "error", "-c", TWICE, "merge", memory, "-o", output, "--json", **offline)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["backbone"] == "org/tiny"
+    (status, merged), (other_status, other) = map(json.loads, result.stdout.splitlines())
+    assert (status, other_status) == (0, 2)
+    assert json.loads(merged)["backbone"] == "org/tiny"
+    assert "'org/other' was not found" in json.loads(other)["error"]
     assert not any(path.is_symlink() for path in output.rglob("*"))
     unmerge(output, tmp_path / "back")
     assert files_of(source).items() <= files_of(tmp_path / "back").items()
-    result = python(*command, "org/other", **offline)
-    assert result.returncode == 2
-    assert "'org/other' was not found" in json.loads(result.stdout)["error"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")

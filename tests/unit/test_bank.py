@@ -123,6 +123,84 @@ def test_a_fresh_bank_adds_nothing(variant: Variant) -> None:
     assert (bank.tau == 1).all()
 
 
+@both
+def test_operands_are_made_once_and_anew_after_every_change(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, index, made = make(variant, 3), torch.tensor([2, -1, 0]), []
+    operands = Bank._operands
+    monkeypatch.setattr(
+        Bank, "_operands", lambda self, *args, **more: (made.append(1), operands(self, *args, **more))[1]
+    )
+
+    def read(a: Tensor, by: Tensor | None, which: list[int]) -> int:
+        """How often operands are made in two reads, which must be right."""
+        made.clear()
+        expected = slow_read(bank, 1, a, which)
+        for _ in range(2):
+            close(bank.read(1, a, by), expected)
+        return len(made)
+
+    with torch.no_grad():
+        assert read(hidden(3), index, [2, -1, 0]) == 1
+        assert read(hidden(3), index, [2, -1, 0]) == 0
+        assert read(hidden(3)[:, :1], index, [2, -1, 0]) == 0
+        assert read(hidden(6), index, [2, 2, -1, -1, 0, 0]) == 1
+        bank.rows.mul_(1.5)
+        assert read(hidden(6), index, [2, 2, -1, -1, 0, 0]) == 1
+        bank.tau.mul_(1.5)
+        assert read(hidden(6), index, [2, 2, -1, -1, 0, 0]) == 1
+        index[1] = 1
+        assert read(hidden(6), index, [2, 2, 1, 1, 0, 0]) == 1
+        assert read(hidden(6), index.clone(), [2, 2, 1, 1, 0, 0]) == 1
+        assert read(hidden(3), None, [0, 1, 2]) == 1
+        with pytest.raises(ValueError, match="a batch of 2 rows cannot read a bank of 3 memories"):
+            bank.read(1, hidden(2))
+    assert read(hidden(3), index, [2, 1, 0]) == 2  # with gradients on nothing is kept
+
+
+@both
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_rows_that_read_one_memory_share_it(variant: Variant, activation: str) -> None:
+    """Fetched once, not once a row; rows without memory get exactly nothing, and whatever they hold stays theirs."""
+    many, one, a = make(variant, 3, activation), make(variant, 1, activation), hidden(6)
+    a[1] = torch.nan
+    onto = hidden(6).flip(0)
+    with torch.no_grad():
+        for bank, which in ((many, [2, -1, 2]), (one, [0, -1, 0])):
+            out = bank.read(1, a, torch.tensor(which), onto)
+            assert bank._prepared[1][2].keys.ndim == 2
+            rows = [which[i // 2] for i in range(6)]
+            present = [i for i, memory in enumerate(rows) if memory >= 0]
+            close(out[2:4], onto[2:4], 0)
+            if 1 in present:
+                assert out[1].isnan().all()
+            fine = [i for i in present if i != 1]
+            close(out[fine], onto[fine] + slow_read(bank, 1, a[fine], [rows[i] for i in fine]))
+
+
+@both
+def test_a_memory_that_is_not_finite_is_not_shared_with_rows_without(variant: Variant) -> None:
+    bank = make(variant, 2)
+    bank.rows[1, -1] = torch.inf  # a value of the last layer
+    with torch.no_grad():
+        out = bank.read(7, hidden(3), torch.tensor([1, -1, 1]))
+        assert bank._prepared[7][2].keys.ndim == 3
+        assert same_bytes(out[1], torch.zeros_like(out[1]))
+        assert not out[0].isfinite().all()
+
+
+@both
+def test_tau_is_rounded_once(variant: Variant) -> None:
+    """Where a read is kept, tau goes into the values before they become bfloat16."""
+    bank = make(variant).to(dtype=torch.float32)
+    bank.tau.fill_(1 + 2**-7 + 2**-9)  # not a bfloat16
+    with torch.no_grad():
+        slots, a = bank.slots(1), hidden(1, 1).to(torch.bfloat16)
+        keys = slots.k if slots.g is None else torch.cat([slots.g, slots.k], dim=1)
+        values = (slots.v * bank.tau[:, 0, None, None]).to(torch.bfloat16)
+        expected = bank._gate(a @ keys.to(torch.bfloat16).mT) @ values
+        assert same_bytes(bank.read(1, a), expected)
+
+
 # -------------------------------------------------------------------- gradients
 
 
@@ -179,6 +257,17 @@ def test_grad_is_filled_in_place_and_accumulates(variant: Variant) -> None:
     close(twice, 2 * grad)
     assert sum(leaf.numel() for leaf in bank.leaves()) == bank.rows.numel()
     assert all(leaf.is_leaf and leaf.untyped_storage().data_ptr() == bank.rows.data_ptr() for leaf in bank.leaves())
+
+
+def test_the_gradients_sum_is_made_when_it_is_needed() -> None:
+    bank = make("glu").requires_grad_()
+    bank.read(1, hidden(1)).sum().backward(inputs=bank.leaves()[:2])
+    first = bank.grad
+    assert first is not None
+    assert first.abs().max() > 0
+    bank.requires_grad_()  # anew: what was there is gone
+    assert bank.grad is not None
+    assert bank.grad.abs().max() == 0
 
 
 def test_gradients_can_be_turned_off() -> None:

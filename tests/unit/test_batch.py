@@ -16,10 +16,11 @@ from families import tiny_model
 from helpers import START, fresh, same_bytes, text
 from locas.backbone import Backbone
 from locas.bank import Bank
-from locas.batch_run import STATE_FORMAT, BatchRun, unique_names
 from locas.initialise import InitSettings
 from locas.memory import load
-from locas.run import Run, RunSettings, Text
+from locas.run import Run
+from locas.run_memories import MemoryEach, unique_names
+from locas.run_settings import RunSettings, Text
 from locas.store import load_tensors, save_tensors
 from locas.stream import ChunkRecord, Reader, ReadSettings
 from locas.write import WriteSettings
@@ -181,20 +182,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def run_to_end(run: BatchRun) -> tuple[dict[str, bytes], dict[str, Any]]:
+def run_to_end(run: Run) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The finished files, and the figures but for the time that they took."""
     for _ in run:
         pass
     run.finish()
     results = json.loads(json.dumps(run.results()))
     assert results.pop("seconds") >= 0
-    return files(run.folder), results
-
-
-@pytest.fixture(params=["llama", "gpt2"])
-def backbone(request: pytest.FixtureRequest, model_of: ModelOf) -> Backbone:
-    """Locas-GLU with top-k, and Locas-MLP whose empty slots are filled while reading."""
-    return tiny_backbone(model_of(request.param, torch.float32))
+    return files(run.output), results
 
 
 @pytest.fixture
@@ -216,7 +211,7 @@ def test_each_memory_is_that_of_its_text_alone(
 ) -> None:
     backbone = tiny_backbone(model_of(name, dtype))
     texts = five_texts(backbone)
-    run = BatchRun(backbone, texts, folder, SETTINGS, SIZE)
+    run = Run(backbone, texts, folder, SETTINGS, SIZE)
     progress = [(p.document, p.tokens) for p in run]
     assert progress == [(0, 22), (0, 44), (0, 54), (2, 76), (2, 87), (2, 98), (2, 106), (4, 113)]
     run.finish()
@@ -248,10 +243,10 @@ def test_each_memory_is_that_of_its_text_alone(
 
 def test_a_run_that_is_stopped_anywhere_leaves_the_same_files(backbone: Backbone, tmp_path: Path) -> None:
     texts = five_texts(backbone)
-    expected, figures = run_to_end(BatchRun(backbone, texts, tmp_path / "whole", SETTINGS, SIZE))
+    expected, figures = run_to_end(Run(backbone, texts, tmp_path / "whole", SETTINGS, SIZE))
     for chunks in range(9):
         folder = tmp_path / f"{chunks}"
-        run = BatchRun(backbone, texts, folder, SETTINGS, SIZE)
+        run = Run(backbone, texts, folder, SETTINGS, SIZE)
         assert not run.resume()
         steps = iter(run)
         for _ in range(chunks):
@@ -259,7 +254,7 @@ def test_a_run_that_is_stopped_anywhere_leaves_the_same_files(backbone: Backbone
                 break
         run.save_state()
         tokens = run.tokens
-        run = BatchRun(backbone, texts, folder, SETTINGS, SIZE)
+        run = Run(backbone, texts, folder, SETTINGS, SIZE)
         assert run.resume()
         assert run.tokens == tokens
         again, results = run_to_end(run)
@@ -271,8 +266,8 @@ def test_a_run_that_is_stopped_anywhere_leaves_the_same_files(backbone: Backbone
 
 def test_killed_after_a_group_was_saved_and_before_the_state_was(gpt2: Backbone, tmp_path: Path) -> None:
     texts = five_texts(gpt2)
-    expected, _ = run_to_end(BatchRun(gpt2, texts, tmp_path / "whole", SETTINGS, SIZE))
-    run = BatchRun(gpt2, texts, tmp_path / "m", SETTINGS, SIZE)
+    expected, _ = run_to_end(Run(gpt2, texts, tmp_path / "whole", SETTINGS, SIZE))
+    run = Run(gpt2, texts, tmp_path / "m", SETTINGS, SIZE)
     steps = iter(run)
     next(steps)
     run.save_state()
@@ -280,7 +275,7 @@ def test_killed_after_a_group_was_saved_and_before_the_state_was(gpt2: Backbone,
         next(steps)
     assert (tmp_path / "m" / "0.safetensors").exists()
     assert not (tmp_path / "m" / "2.safetensors").exists()
-    run = BatchRun(gpt2, texts, tmp_path / "m", SETTINGS, SIZE)
+    run = Run(gpt2, texts, tmp_path / "m", SETTINGS, SIZE)
     assert run.resume()
     assert run.tokens == 22
     assert run_to_end(run)[0] == expected
@@ -289,10 +284,10 @@ def test_killed_after_a_group_was_saved_and_before_the_state_was(gpt2: Backbone,
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_text_that_fails_is_left_out(name: str, tmp_path: Path) -> None:
     backbone = tiny_backbone(poisoned(name, torch.float32))
-    good, _ = run_to_end(BatchRun(backbone, five_texts(backbone), tmp_path / "good", SETTINGS, SIZE))
+    good, _ = run_to_end(Run(backbone, five_texts(backbone), tmp_path / "good", SETTINGS, SIZE))
     # One in its second chunk beside a longer one, one in the first, from which its memory is made, and one alone.
     texts = five_texts(backbone, bad={0: 13, 3: 0, 4: 2})
-    run = BatchRun(backbone, texts, tmp_path / "some", SETTINGS, SIZE)
+    run = Run(backbone, texts, tmp_path / "some", SETTINGS, SIZE)
     found, results = run_to_end(run)
     assert run.failed == {0: 11, 3: 0, 4: 0}
     assert list(found) == ["1.safetensors", "2.safetensors"]
@@ -309,12 +304,12 @@ def test_a_text_that_fails_is_left_out(name: str, tmp_path: Path) -> None:
     assert results["failed"][2]["error"].startswith("the loss on tokens 0..7 is not finite")
     for chunks in range(1, 6):
         folder = tmp_path / f"{chunks}"
-        run = BatchRun(backbone, texts, folder, SETTINGS, SIZE)
+        run = Run(backbone, texts, folder, SETTINGS, SIZE)
         steps = iter(run)
         for _ in range(chunks):
             next(steps, None)
         run.save_state()
-        run = BatchRun(backbone, texts, folder, SETTINGS, SIZE)
+        run = Run(backbone, texts, folder, SETTINGS, SIZE)
         assert run.resume()
         assert run_to_end(run)[0] == found
         assert run.failed == {0: 11, 3: 0, 4: 0}
@@ -323,21 +318,21 @@ def test_a_text_that_fails_is_left_out(name: str, tmp_path: Path) -> None:
 def test_other_texts_settings_and_sizes_are_other_runs(gpt2: Backbone, folder: Path) -> None:
     texts = five_texts(gpt2)
     keys = {
-        BatchRun(gpt2, texts, folder, SETTINGS, 2).key,
-        BatchRun(gpt2, texts, folder, SETTINGS, 3).key,
-        BatchRun(gpt2, texts[::-1], folder, SETTINGS, 2).key,
-        BatchRun(gpt2, texts, folder, replace(SETTINGS, layers="0"), 2).key,
+        Run(gpt2, texts, folder, SETTINGS, 2).key,
+        Run(gpt2, texts, folder, SETTINGS, 3).key,
+        Run(gpt2, texts[::-1], folder, SETTINGS, 2).key,
+        Run(gpt2, texts, folder, replace(SETTINGS, layers="0"), 2).key,
     }
     assert len(keys) == 4
-    assert BatchRun(gpt2, texts, folder, SETTINGS, 2).key in keys
+    assert Run(gpt2, texts, folder, SETTINGS, 2).key in keys
 
 
 # -------------------------------------------------------------------- states that do not fit
 
 
-def stopped(backbone: Backbone, folder: Path, chunks: int = 4) -> BatchRun:
+def stopped(backbone: Backbone, folder: Path, chunks: int = 4) -> Run:
     """A run whose first group is done."""
-    run = BatchRun(backbone, five_texts(backbone), folder, SETTINGS, SIZE)
+    run = Run(backbone, five_texts(backbone), folder, SETTINGS, SIZE)
     steps = iter(run)
     for _ in range(chunks):
         next(steps)
@@ -382,15 +377,16 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing(
     change: Callable[[dict[str, Any], dict[str, Any]], object], gpt2: Backbone, folder: Path
 ) -> None:
     run = stopped(gpt2, folder)
-    tensors, manifest = load_tensors(run.state_path, kind=STATE_FORMAT, may_be_nan=("losses.",))
+    tensors, manifest = load_tensors(run.state_path, kind=MemoryEach.kind, may_be_nan=("losses.",))
     change(manifest, tensors)
     save_tensors(run.state_path, tensors, manifest)
     before = files(folder)
-    fresh_run = BatchRun(gpt2, five_texts(gpt2), folder, SETTINGS, SIZE)
+    fresh_run = Run(gpt2, five_texts(gpt2), folder, SETTINGS, SIZE)
     with pytest.raises(ValueError, match=f"{run.state_path.name}.*move it away to start afresh"):
         fresh_run.resume()
     assert (fresh_run.first, fresh_run.tokens, fresh_run.seconds, fresh_run.undone) == (0, 0, 0.0, 0)
-    assert fresh_run.failed == fresh_run.written == {}
+    assert isinstance(fresh_run.memories, MemoryEach)
+    assert fresh_run.failed == fresh_run.memories.written == {}
     assert all(losses.isnan().all() for losses in fresh_run.losses)
     assert files(folder) == before
 
@@ -401,15 +397,15 @@ def test_a_memory_that_changed_since_is_not_passed_off_as_this_runs(change: str,
     if change == "removed":
         (folder / "1.safetensors").unlink()
     else:
-        run_to_end(BatchRun(gpt2, five_texts(gpt2)[:2], folder, replace(SETTINGS, layers="0"), SIZE))
+        run_to_end(Run(gpt2, five_texts(gpt2)[:2], folder, replace(SETTINGS, layers="0"), SIZE))
     with pytest.raises(ValueError, match=r"[01]\.safetensors, which it has written, was changed or removed since"):
-        BatchRun(gpt2, five_texts(gpt2), folder, SETTINGS, SIZE).resume()
+        Run(gpt2, five_texts(gpt2), folder, SETTINGS, SIZE).resume()
 
 
 def test_damaged_states_are_refused(gpt2: Backbone, folder: Path) -> None:
     path = stopped(gpt2, folder).state_path
     raw = path.read_bytes()
-    fresh_run = BatchRun(gpt2, five_texts(gpt2), folder, SETTINGS, SIZE)
+    fresh_run = Run(gpt2, five_texts(gpt2), folder, SETTINGS, SIZE)
     for damaged in (raw[:-1], raw[: len(raw) // 2], raw[:-9] + bytes([raw[-9] ^ 16]) + raw[-8:], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=path.name):
@@ -448,7 +444,7 @@ def test_errors(gpt2: Backbone, tmp_path: Path) -> None:
         (texts, activation, 2, "rank 8 needs as many tokens, and the text has 7"),  # the last text's, found at once
     ):
         with pytest.raises(ValueError, match=message):
-            BatchRun(gpt2, given, output, settings, size)
+            Run(gpt2, given, output, settings, size)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -456,14 +452,14 @@ def test_files_in_the_way(gpt2: Backbone, tmp_path: Path) -> None:
     texts, output = five_texts(gpt2), tmp_path / "m"
     output.write_text("a text that was named by mistake")
     with pytest.raises(ValueError, match="is a file; a batch of memories goes into a folder"):
-        BatchRun(gpt2, texts, output, SETTINGS, SIZE)
+        Run(gpt2, texts, output, SETTINGS, SIZE)
     output.unlink()
     output.mkdir()
     (output / "3.safetensors").write_text("something else altogether")
     with pytest.raises(ValueError, match=r"3\.safetensors is not a memory and would be overwritten"):
-        BatchRun(gpt2, texts, output, SETTINGS, SIZE)
+        Run(gpt2, texts, output, SETTINGS, SIZE)
     with pytest.raises(OSError, match="the folder /proc/self cannot be written"):
-        BatchRun(gpt2, texts, "/proc/self", SETTINGS, SIZE)
+        Run(gpt2, texts, "/proc/self", SETTINGS, SIZE)
     (output / "3.safetensors").unlink()
-    first, _ = run_to_end(BatchRun(gpt2, texts, output, SETTINGS, SIZE))
-    assert run_to_end(BatchRun(gpt2, texts, output, SETTINGS, SIZE))[0] == first  # memories may be replaced
+    first, _ = run_to_end(Run(gpt2, texts, output, SETTINGS, SIZE))
+    assert run_to_end(Run(gpt2, texts, output, SETTINGS, SIZE))[0] == first  # memories may be replaced

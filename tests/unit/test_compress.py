@@ -14,12 +14,16 @@ from families import tiny_model
 from helpers import START, memory_for, same_bytes, text
 from locas.bank import ACTIVATIONS, Bank
 from locas.cli import main
-from locas.compress import METHODS, Method, Part, compress, eliminate, nl_svd, part_of, reduce, sample_activations
-from locas.cycle import read_and_compress
+from locas.compress import METHODS, Method, compress, eliminate, nl_svd, reduce
+from locas.cycle import CycleRun, read_and_compress
+from locas.fit import Part, part_of, sample_activations
+from locas.grow import freeze, grow, thaw
 from locas.initialise import InitSettings
 from locas.memory import Memory, Provenance, create, load, read
 from locas.sites import find_sites, fingerprint
 from locas.stream import ReadSettings
+from runs import SETTINGS, make_text, run_to_end
+from tokens import tiny_backbone
 
 ModelOf = Callable[..., PreTrainedModel]
 GLU: list[Method] = ["eliminate", "distil", "refit", "merge", "prune"]
@@ -246,6 +250,33 @@ def test_it_is_the_same_every_time(model_of: ModelOf) -> None:
         assert same_bytes(one, other), method
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_frozen_slots_stay_frozen_and_as_they_are(name: str, model_of: ModelOf, tmp_path: Path) -> None:
+    model = model_of(name, torch.float32)
+    memory = create(model, text(11), InitSettings(rank=5, tau_scale=8.0, init="random-rows"), layers={0: 5, 2: 3})
+    list(read(model, memory, text(61), ReadSettings(window=29, chunk=11)))
+    memory = grow(freeze(memory), model, text(13), 7, InitSettings(init="random-rows"))
+    list(read(model, memory, text(61, seed=1), ReadSettings(window=29, chunk=11)))
+    methods = [m for m in METHODS if name == "gpt2" or not m.startswith("nl-svd")]
+    for method in methods:
+        small = compress(memory, model, text(97), 8, method=method).memory
+        assert small.bank.ranks == {0: 8, 2: 8}
+        assert small.frozen == memory.frozen == {"0": 5, "2": 3}
+        for i, layer in enumerate(small.bank.layers):
+            now, then, n = small.bank.slots(layer), memory.bank.slots(layer), int(memory.bank.frozen[0, i])
+            doubled = float(small.bank.tau[0, i] / memory.bank.tau[0, i])
+            assert doubled in (1.0, 2.0, 4.0, 8.0)
+            assert same_bytes(now.k[:, :n], then.k[:, :n])
+            assert same_bytes(now.v[:, :n] * doubled, then.v[:, :n])
+            if now.g is not None and then.g is not None:
+                assert same_bytes(now.g[:, :n], then.g[:, :n])
+    small.save(tmp_path / "small.safetensors")
+    assert load(tmp_path / "small.safetensors", model).frozen == memory.frozen
+    with pytest.raises(ValueError, match=r"5 slots of a layer are frozen .* 5 slots leave no room.*--thaw"):
+        compress(memory, model, text(97), 5)
+    assert compress(thaw(memory), model, text(97), 5).memory.bank.ranks == {0: 5, 2: 5}
+
+
 def test_what_cannot_be_compressed(model_of: ModelOf) -> None:
     model = model_of("llama")
     memory = a_memory(model, {0: 5, 2: 3})
@@ -317,6 +348,45 @@ def test_a_cycle_that_cannot_be(model_of: ModelOf) -> None:
         next(read_and_compress(model, memory, text(31), 3))
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_a_run_of_the_cycle_stops_anywhere_and_goes_on(start: bool, model_of: ModelOf, tmp_path: Path) -> None:
+    backbone = tiny_backbone(model_of("gpt2", torch.float32))
+    settings = replace(SETTINGS, init=InitSettings(rank=23, tau_scale=1.0), cycle=5)
+    texts = [make_text(backbone, 61, 1), make_text(backbone, 17, 2)]
+    if start:  # goes on with a memory that is full
+        first = CycleRun(backbone, [make_text(backbone, 29, 3)], tmp_path / "a.safetensors", settings)
+        run_to_end(first)
+        settings = replace(settings, start_from=str(tmp_path / "a.safetensors"))
+    whole = CycleRun(backbone, texts, tmp_path / "whole.safetensors", settings)
+    expected = run_to_end(whole)
+    assert whole.memory.provenance.settings["cycle"] == {"rank": 5}
+    memory = (
+        load(tmp_path / "a.safetensors", backbone.model)
+        if start
+        else create(backbone.model, texts[0].ids[:11], settings.init, start_id=backbone.start_id)
+    )
+    steps = []
+    for each in texts:
+        steps += list(read_and_compress(backbone.model, memory, each.ids, 5, settings.read, start_id=backbone.start_id))
+    assert sum(step.compressed for step in steps) >= 2
+    assert same_bytes(memory.bank.rows, whole.memory.bank.rows)
+    n = sum(1 for _ in CycleRun(backbone, texts, tmp_path / "n.safetensors", settings))
+    for stop in range(1, n):
+        run = CycleRun(backbone, texts, tmp_path / "again.safetensors", settings)
+        for count, _ in enumerate(run, start=1):
+            if count == stop:
+                break
+        run.save_state()
+        run = CycleRun(backbone, texts, tmp_path / "again.safetensors", settings)
+        assert run.resume()
+        assert run_to_end(run) == expected
+    gated = tiny_backbone(model_of("llama", torch.float32))
+    with pytest.raises(ValueError, match="is for Locas-MLP"):
+        CycleRun(gated, texts, tmp_path / "b.safetensors", replace(settings, start_from=None))
+    with pytest.raises(ValueError, match="the cycle leaves 1 slot or more"):
+        replace(settings, cycle=-1)
+
+
 # -------------------------------------------------------------------- command line
 
 
@@ -364,3 +434,30 @@ def test_the_command_refuses_before_it_works(read_memory: Path, capsys: pytest.C
     assert main(["compress", memory, "-o", str(read_memory / "a.txt"), "--rank", "4", *rest]) == 2
     assert "is not a memory and would be overwritten" in capsys.readouterr().err
     assert (read_memory / "a.txt").read_bytes() == before
+
+
+def test_the_cycle_and_thawing_on_the_command_line(read_memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = read_memory
+    size = ["--window", "64", "--chunk", "32", "--max-tokens", "160"]
+    command = ["memorize", str(folder / "a.txt"), "-o", str(folder / "c.safetensors"), *size, "--rank", "48"]
+    assert main([*command, "--cycle", "8"]) == 2
+    assert "is for Locas-MLP; make the memory with variant mlp" in capsys.readouterr().err
+    assert main([*command, "--variant", "mlp", "--cycle", "48"]) == 2
+    assert "leaves no room" in capsys.readouterr().err
+    assert main([*command, "--variant", "mlp", "--cycle", "8", "--batch", "2"]) == 2
+    assert "--cycle and --batch do not go together" in capsys.readouterr().err
+    assert main([*command, "--variant", "mlp", "--cycle", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 160
+    memory = load(folder / "c.safetensors")
+    assert memory.provenance.settings["cycle"] == {"rank": 8}
+    freeze(memory).save(folder / "f.safetensors")
+    capsys.readouterr()
+    onwards = ["memorize", str(folder / "a.txt"), *size, "--memory", str(folder / "f.safetensors")]
+    assert main([*onwards, "-o", str(folder / "g.safetensors")]) == 2
+    assert "--thaw" in capsys.readouterr().err
+    assert main([*onwards, "--freeze", "--thaw", "-o", str(folder / "g.safetensors")]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert main([*onwards, "--thaw", "-o", str(folder / "g.safetensors")]) == 0
+    assert not any(load(folder / "g.safetensors").frozen.values())
+    assert main(["memorize", str(folder / "a.txt"), "--thaw", "-o", str(folder / "g.safetensors")]) == 2
+    assert "thawed: name it (--memory FILE)" in capsys.readouterr().err

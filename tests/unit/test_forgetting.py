@@ -11,20 +11,16 @@ from families import tiny_model
 from helpers import fill, same_bytes, snapshot, text
 from locas.backbone import Backbone
 from locas.evaluate.cells import Cells, finite, key_of
+from locas.evaluate.comparison import BitExact, Comparison, compare, divergence, scaled
 from locas.evaluate.forgetting import (
-    BitExact,
-    Comparison,
     Config,
     ForgettingSettings,
     Learnt,
     Unrelated,
     book,
-    compare,
     configs,
-    divergence,
     measure,
     run,
-    scaled,
     unrelated_text,
 )
 from locas.evaluate.forgetting_figures import equal_gain, frontier, summarise

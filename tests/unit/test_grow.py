@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_run import SETTINGS, make_text, run_to_end
 from transformers import PreTrainedModel
 
 from families import tiny_model
@@ -21,6 +20,7 @@ from locas.memory import Memory, create, load, read
 from locas.run import Run
 from locas.stream import ReadSettings
 from locas.write import Rule, Writer, WriteSettings
+from runs import SETTINGS, make_text, run_to_end
 from tokens import tiny_backbone
 
 ModelOf = Callable[..., PreTrainedModel]

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from families import FAMILY_NAMES
 from locas import head as head_module
-from locas.forward import IGNORED, chunk_nll, decoder, find_head, read_prefix, token_nll
-from locas.head import head_nll, plain_head
+from locas.forward import IGNORED, chunk_nll, find_head, read_prefix, token_nll
+from locas.head import head_nll
 
 ModelOf = Callable[..., PreTrainedModel]
 NOT_PLAIN = {"gemma2"}  # caps its logits; all others end in a plain matrix
@@ -87,10 +87,10 @@ def test_every_familys_loss_is_that_of_its_own_logits(model_of: ModelOf, name: s
 
 def test_a_head_that_does_more_is_not_passed_over(model_of: ModelOf) -> None:
     model = model_of("qwen2")
-    assert plain_head(model, decoder(model)) is model.lm_head
+    assert find_head(model) is model.lm_head
     handle = model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
     try:
-        assert plain_head(model, decoder(model)) is None
+        assert find_head(model) is None
     finally:
         handle.remove()
     plain = model.lm_head

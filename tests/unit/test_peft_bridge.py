@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import GATED, MLP, MOE, tiny_model
 from helpers import START, memory_for, same_bytes, snapshot, text
+from locas.grow import freeze, grow
 from locas.initialise import InitSettings
 from locas.memory import Memory, Provenance, create, load, read
 from locas.sites import fingerprint
@@ -199,6 +201,38 @@ def test_a_fresh_adapter_changes_nothing_and_learns(name: str) -> None:
     assert_same_read(with_memory(back, memory), trained)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_frozen_slots_get_no_gradient_and_are_checked(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name, torch.float32)
+    memory = create(model, text(11), InitSettings(rank=3, tau_scale=8.0, init="random-rows"), layers=[0, 2])
+    list(read(model, memory, text(53), ReadSettings(window=29, chunk=11)))
+    memory = grow(freeze(memory), model, text(7), 2, InitSettings(init="random-rows"))
+    to_peft(model, memory).save_pretrained(tmp_path)
+    for decay in (0.0, 0.1):
+        model = tiny_model(name, torch.float32)
+        adapted = PeftModel.from_pretrained(model, str(tmp_path), is_trainable=True, low_cpu_mem_usage=decay == 0)
+        assert_same_read(logits(adapted), with_memory(tiny_model(name, torch.float32), memory))
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(parameters, lr=0.02, weight_decay=decay)
+        for _ in range(3):
+            adapted(input_ids=IDS, labels=IDS).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        if decay:
+            with pytest.raises(ValueError, match="training changed frozen slots of the adapter 'default'"):
+                from_peft(adapted)
+            continue
+        again = from_peft(adapted)
+        assert again.frozen == memory.frozen == {"0": 3, "2": 3}
+        for layer in (0, 2):
+            now, then = again.bank.slots(layer), memory.bank.slots(layer)
+            for one, other in ((now.k, then.k), (now.v, then.v), (now.g, then.g)):
+                assert (one is None) == (other is None)
+                if one is not None and other is not None:
+                    assert same_bytes(one[:, :3], other[:, :3])
+                    assert not torch.equal(one[:, 3:], other[:, 3:])
+
+
 def test_generation_and_bf16() -> None:
     model = tiny_model("llama", torch.bfloat16)
     memory = a_memory(model)
@@ -269,6 +303,16 @@ def test_locas_is_a_type_of_peft_like_others() -> None:
     assert PeftType("LORA") is PeftType.LORA
     importlib.import_module("locas.peft_bridge")._register()  # once more does no harm
     assert list(PeftType).count(kind) == 1
+
+
+def test_the_extra_asks_for_what_was_tested() -> None:
+    from locas.peft_bridge import PEFT_RANGE
+
+    path = Path(__file__).parents[2] / "pyproject.toml"
+    if not path.is_file():
+        pytest.skip("the tests run outside a checkout")
+    extras = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
+    assert extras["peft"] == ["peft>={},<{}".format(*PEFT_RANGE)]
 
 
 def test_an_untested_peft_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,25 +14,20 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from locas.backbone import Backbone, Dtype, load_backbone
+from locas.cli.bench_tables import NAMES, heading, tables
 from locas.cli.common import OutputOptions, UserError, err, out, print_json
-from locas.evaluate import bench
+from locas.evaluate import bench, bench_scaling, shapes
 from locas.evaluate.bench import BenchSettings
 from locas.evaluate.provenance import environment
+from locas.forward import device_of
 from locas.store import write_atomically
 
-Part = Literal["reading", "generating", "memory", "length", "documents", "rank"]
+Part = Literal["reading", "generating", "memory", "memories", "length", "documents", "window", "rank"]
 _QUICK: tuple[Part, ...] = ("reading", "generating", "memory")
-_NAMES = {
-    "truncation": "read only (truncated window)",
-    "locas_exact": "read + learn, window recomputed",
-    "locas_exact_upper": "the same, memory in some layers",
-    "locas_reuse": "read + learn, context kept",
-    "locas_reuse_upper": "the same, memory in some layers",
-    "templora": "TempLoRA as published (PEFT)",
-}
+_DEFAULT_WINDOW = 2048  # of the shapes, whose context is longer
+_WINDOWS = (4, 2, 1)  # parts of the window that are measured too
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,9 @@ class Bench:
     --quick takes a few minutes on two cores.
 
         locas bench --quick
-        locas bench --backbones builtin,qwen3-0.6b --device cuda -o bench/
-        locas bench --backbones qwen3-0.6b:4 --parts reading --window 1024     # 4 of its layers, for a small machine
+        locas bench --backbones builtin,qwen3-0.6b --device cpu,cuda -o bench/
+        locas bench --backbones qwen3-0.6b --parts reading --rounds 3 --warmup 1   # a quarter of an hour on two cores
+        locas bench --backbones qwen3-4b:4 --parts reading --window 1024     # 4 of its layers, for a small machine
     """
 
     backbones: str = "builtin"
@@ -52,7 +48,8 @@ class Bench:
     qwen3-4b with random weights (name:N: only N layers)."""
     parts: str = ",".join(get_args(Part))
     """What to measure, separated by commas: reading (with learning), generating (with a memory attached), memory (peak
-    of RAM or GPU memory), length (far into a document), documents (side by side), rank."""
+    of RAM or GPU memory); and how it grows with memories (in a batch that generates), length (how far into a document),
+    documents (side by side), window, rank."""
     quick: bool = False
     """Only reading, generating and memory, with fewer rounds."""
     methods: str | None = None
@@ -61,7 +58,7 @@ class Bench:
     dtype: Dtype = "auto"
     """Precision of the backbone; auto: bfloat16 on CUDA, float32 on CPU."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ...; several, separated by commas, are measured one after another."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Folder for bench.json and bench.png (pip install "locas[plots]")."""
     profile: str | None = None
@@ -70,34 +67,63 @@ class Bench:
 
     def run(self) -> int:
         parts = self._parts()
-        if self.output is not None:
-            Path(self.output).mkdir(parents=True, exist_ok=True)
-        names = [name.strip() for name in self.backbones.split(",") if name.strip()]
+        if self.profile is not None and self.profile not in NAMES:
+            raise UserError(f"--profile {self.profile}: choose from {', '.join(NAMES)}")
+        names, devices = _list(self.backbones), _list(self.device)
         if not names:
             raise UserError("--backbones names none; give builtin, a folder, or a shape such as qwen3-0.6b")
-        runs = []
-        for name in names:
-            backbone = load(name, self.dtype, self.device)
-            runs.append(self._measure(backbone, parts))
-            if not self.show.json:
-                for table in tables(runs[-1]):
-                    out.print(table)
-                    out.print()
-            if self.profile:
-                self._profile(backbone)
-            del backbone
-            gc.collect()
-        result = runs[0] | ({"runs": runs} if len(runs) > 1 else {})
+        if not devices:
+            raise UserError("--device names none; give auto, cpu or cuda")
+        for device in devices:  # all of them, before the first is measured
+            _where(device)
+            for name in names:
+                self._check_room(name, device)
         if self.output is not None:
-            self._write(result, runs)
+            Path(self.output).mkdir(parents=True, exist_ok=True)
+        runs: list[dict[str, Any]] = []
+        for device in devices:
+            for name in names:
+                runs.append(self._run(name, device, parts))
+                if self.output is not None:
+                    self._write(_result(runs), runs)
         if self.show.json:
-            print_json(result)
+            print_json(_result(runs))
         return 0
+
+    def _run(self, name: str, device: str, parts: tuple[str, ...]) -> dict[str, Any]:
+        backbone = load(name, self.dtype, device)
+        result = self._measure(backbone, parts)
+        if not self.show.json:
+            out.print(heading(result), style="bold", soft_wrap=True, markup=False, highlight=False)
+            for title, table in tables(result):
+                out.print(title, style="italic", soft_wrap=True, markup=False, highlight=False)
+                out.print(table)
+                out.print()
+        if self.profile is not None:
+            self._profile(backbone, self.profile)
+        del backbone
+        gc.collect()
+        return result
+
+    def _check_room(self, name: str, device: str) -> None:
+        found = _shape(name, self.dtype, device)
+        if found is None:
+            return
+        settings = self._settings()
+        window = settings.window or _DEFAULT_WINDOW
+        chunk = settings.chunk or max(1, window // 2)
+        templora = "templora" in _list(self.methods or "templora") and not {"reading", "memory"}.isdisjoint(
+            self._parts()
+        )
+        shape, dtype, where, layers = found
+        shapes.check_room(
+            shape, dtype=dtype, device=where, window=window, chunk=chunk, layers=layers, templora=templora
+        )
 
     def _parts(self) -> tuple[str, ...]:
         if self.quick:
             return _QUICK
-        chosen = tuple(part.strip() for part in self.parts.split(",") if part.strip())
+        chosen = tuple(_list(self.parts))
         unknown = [part for part in chosen if part not in get_args(Part)]
         if unknown or not chosen:
             raise UserError(f"--parts {self.parts!r}: choose from {', '.join(get_args(Part))}")
@@ -105,11 +131,11 @@ class Bench:
 
     def _methods(self) -> list[str]:
         if self.methods:
-            return [m.strip() for m in self.methods.split(",")]
+            return _list(self.methods)
         if importlib.util.find_spec("peft") is None:
             err.print('without TempLoRA, which needs PEFT: pip install "locas[peft]"', style="yellow", markup=False)
-            return [name for name in _NAMES if name != "templora"]
-        return list(_NAMES)
+            return [name for name in NAMES if name != "templora"]
+        return list(NAMES)
 
     def _settings(self) -> BenchSettings:
         if not self.quick or self.settings != BenchSettings():
@@ -130,12 +156,10 @@ class Bench:
                 result |= _PARTS[part](backbone, settings, methods, step)
         return result
 
-    def _profile(self, backbone: Backbone) -> None:
-        assert self.profile is not None
-        trace = str(Path(self.output or ".") / f"profile-{backbone.name.replace('/', '-')}-{self.profile}.json")
-        if self.profile not in _NAMES:
-            raise UserError(f"--profile {self.profile}: choose from {', '.join(_NAMES)}")
-        err.print(bench.profile_chunk(backbone, self._settings(), self.profile, trace), soft_wrap=True, markup=False)
+    def _profile(self, backbone: Backbone, method: str) -> None:
+        name = f"{backbone.name.replace('/', '-').replace(':', '-')}-{device_of(backbone.model).type}-{method}"
+        trace = str(Path(self.output or ".") / f"profile-{name}.json")
+        err.print(bench.profile_chunk(backbone, self._settings(), method, trace), soft_wrap=True, markup=False)
         err.print(f"trace: {trace} (open it in ui.perfetto.dev)", soft_wrap=True, markup=False)
 
     def _write(self, result: dict[str, Any], runs: list[dict[str, Any]]) -> None:
@@ -144,7 +168,7 @@ class Bench:
         try:
             from locas.evaluate.bench_chart import draw
 
-            draw([run for run in runs if "relative_time" in run], folder / "bench.png")
+            draw(runs, folder / "bench.png")
         except ModuleNotFoundError as error:
             err.print(f"no picture: {error}", style="yellow", soft_wrap=True, markup=False)
 
@@ -153,17 +177,46 @@ def load(name: str, dtype: Dtype, device: str) -> Backbone:
     """A backbone by name: the built-in one, a checkpoint, or a shape with random weights.
 
     Raises:
-        UserError: the number of layers after the colon is none.
+        UserError: the number of layers after the colon is none, or the device is not there.
     """
-    shape, _, layers = name.partition(":")
-    if shape not in bench.SHAPES:
+    found = _shape(name, dtype, device)
+    if found is None:
         return load_backbone(None if name == "builtin" else name, dtype=dtype, device=device)
+    shape, precision, where, layers = found
+    return shapes.random_backbone(shape, dtype=precision, device=where, layers=layers)
+
+
+def _shape(name: str, dtype: Dtype, device: str) -> tuple[str, torch.dtype, torch.device, int | None] | None:
+    """What the name of a shape says (shape, dtype, device, layers); None: it is no shape's."""
+    shape, _, layers = name.partition(":")
+    if shape not in shapes.SHAPES:
+        return None
     if layers and (not layers.isdecimal() or int(layers) < 1):
         raise UserError(f"--backbones {name}: after the colon goes a number of layers, 1 or more")
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    precision = {"auto": torch.bfloat16 if where.startswith("cuda") else torch.float32}
-    chosen = precision.get(dtype) or getattr(torch, dtype)
-    return bench.random_backbone(shape, dtype=chosen, device=where, layers=int(layers) if layers else None)
+    where = _where(device)
+    chosen = dtype if dtype != "auto" else ("float32" if where.type == "cpu" else "bfloat16")
+    return shape, getattr(torch, chosen), where, int(layers) if layers else None
+
+
+def _where(device: str) -> torch.device:
+    """The device of that name. UserError: it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = device.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not (number or "0").isdecimal() or int(number or 0) >= there:
+        raise UserError(f"there is no {device.upper()} device here; use --device cpu (or leave --device out)")
+    return torch.device(device)
+
+
+def _list(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _result(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run as it is; of several the first one's keys, and all of them."""
+    return runs[0] | ({"runs": runs} if len(runs) > 1 else {})
 
 
 # -------------------------------------------------------------------- the parts
@@ -181,13 +234,18 @@ def _reading(backbone: Backbone, settings: BenchSettings, methods: list[str], st
 
 
 def _generating(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) -> dict[str, Any]:
-    timings = bench.generating(backbone, settings, step)
-    return {
-        "generating": {
-            name: {"extra_time": t.ratio - 1, "quartiles": [q - 1 for q in t.quartiles]} for name, t in timings.items()
-        }
-        | {"rows": {"one": 1, "many": settings.many}}
-    }
+    rows = {"one": 1, "many": settings.many}
+    timings = bench_scaling.over_memories(backbone, settings, tuple(rows.values()), step)
+    return {"generating": {name: _extra(timings[f"{n}"]) for name, n in rows.items()} | {"rows": rows}}
+
+
+def _memories(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) -> dict[str, Any]:
+    timings = bench_scaling.over_memories(backbone, settings, (1, 4, 16), step)
+    return {"memories": _figures(timings)}
+
+
+def _extra(timing: bench.Timing) -> dict[str, Any]:
+    return {"extra_time": timing.ratio - 1, "quartiles": [q - 1 for q in timing.quartiles]}
 
 
 def _memory(backbone: Backbone, settings: BenchSettings, methods: list[str], step: Any) -> dict[str, Any]:
@@ -199,17 +257,26 @@ def _memory(backbone: Backbone, settings: BenchSettings, methods: list[str], ste
 
 
 def _length(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) -> dict[str, Any]:
-    positions = (10_000, 100_000, 1_000_000)
-    return {"length": _figures(bench.over_lengths(backbone, settings, positions, True, step))}
+    kept, recomputed = (
+        _figures(bench_scaling.over_lengths(backbone, settings, (10_000, 100_000, 1_000_000), reuse, step))
+        for reuse in (True, False)
+    )
+    return {"length": kept, "length_exact": recomputed}
 
 
 def _documents(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) -> dict[str, Any]:
-    timings = bench.over_documents(backbone, settings, (1, 4, 16), step)
-    return {"documents": {n: f | {"throughput": int(n) / f["ratio"]} for n, f in _figures(timings).items()}}
+    figures = _figures(bench_scaling.over_documents(backbone, settings, (1, 4, 16), step))
+    return {"documents": {n: f | {"throughput": int(n) / f["ratio"]} for n, f in figures.items()}}
+
+
+def _window(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) -> dict[str, Any]:
+    window, _chunk = settings.read.sizes(backbone.model)
+    windows = sorted({max(2, window // part) for part in _WINDOWS})
+    return {"window": _figures(bench_scaling.over_windows(backbone, settings, windows, step))}
 
 
 def _rank(backbone: Backbone, settings: BenchSettings, _: Any, step: Any) -> dict[str, Any]:
-    return {"rank": _figures(bench.over_ranks(backbone, settings, (2, 16, 64, 256), step))}
+    return {"rank": _figures(bench_scaling.over_ranks(backbone, settings, (2, 16, 64, 256), step))}
 
 
 def _figures(timings: dict[str, bench.Timing]) -> dict[str, dict[str, Any]]:
@@ -220,11 +287,13 @@ _PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "reading": _reading,
     "generating": _generating,
     "memory": _memory,
+    "memories": _memories,
     "length": _length,
     "documents": _documents,
+    "window": _window,
     "rank": _rank,
 }
-_WEIGHT = {"reading": 1, "generating": 2, "memory": 1, "length": 1, "documents": 1, "rank": 1}  # calls of a round
+_WEIGHT = dict.fromkeys(get_args(Part), 1) | {"generating": 2, "memories": 3, "length": 2, "window": 3}  # a round's
 
 
 @contextmanager
@@ -235,59 +304,4 @@ def _bar(name: str, rounds: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-# -------------------------------------------------------------------- what is shown
-
-
-def tables(result: dict[str, Any]) -> list[Table]:
-    """What was measured, as tables."""
-    found = []
-    settings = result["settings"]
-    title = (
-        f"{result['backbone']['name']} ({result['backbone']['dtype']}) on {result['device']}: window "
-        f"{settings['window']:,}, chunk {settings['chunk']:,}, rank {settings['rank']}"
-    )
-    if "relative_time" in result:
-        table = _table(title, "", "time", "quartiles", "tokens/s", "memory")
-        memory = result.get("relative_memory", {})
-        for method, ratio in result["relative_time"].items():
-            low, high = result["quartiles"][method]
-            table.add_row(
-                _NAMES[method],
-                f"{ratio:.2f}x",
-                f"{low:.2f}-{high:.2f}",
-                f"{result['tokens_per_second'][method]:,.0f}",
-                f"{memory[method]:.2f}x" if method in memory else "",
-            )
-        found.append(table)
-    if "generating" in result:
-        table = _table("extra time of a generated token with memory", "", "median", "quartiles")
-        for name, rows in result["generating"]["rows"].items():
-            figures = result["generating"][name]
-            low, high = figures["quartiles"]
-            what = "1 row, 1 memory" if rows == 1 else f"{rows} rows, {rows} different memories"
-            table.add_row(what, f"{100 * figures['extra_time']:+.1f}%", f"{100 * low:+.1f}% - {100 * high:+.1f}%")
-        found.append(table)
-    for part, title in (
-        ("length", "a chunk that begins at token ... (context kept)"),
-        ("documents", "a chunk of so many documents side by side"),
-        ("rank", "read + learn at rank ... (window recomputed)"),
-    ):
-        if part in result:
-            table = _table(title, "", "time", "quartiles", *(["throughput"] if part == "documents" else []))
-            for name, figures in result[part].items():
-                low, high = figures["quartiles"]
-                more = [f"{figures['throughput']:.2f}x"] if "throughput" in figures else []
-                shown = f"{int(name):,}" if name.isdecimal() else _NAMES[name]
-                table.add_row(shown, f"{figures['ratio']:.2f}x", f"{low:.2f}-{high:.2f}", *more)
-            found.append(table)
-    return found
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
-__all__ = ["Bench", "load", "tables"]
+__all__ = ["Bench", "load"]

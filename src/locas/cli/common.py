@@ -16,7 +16,7 @@ from rich.table import Table
 
 from locas.backbone import Backbone, Dtype, load_backbone
 from locas.memory import Memory, load
-from locas.run import Text
+from locas.run_settings import Text
 from locas.text import Document, collect
 
 

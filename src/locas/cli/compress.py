@@ -14,9 +14,10 @@ from torch import Tensor
 from locas.backbone import Backbone
 from locas.cli.common import BackboneOptions, OutputOptions, TextOptions, UserError, backbone_memory, out, print_json
 from locas.compress import Compressed, Method, compress
+from locas.grow import thaw
 from locas.memory import Memory, read
-from locas.metrics import Score
-from locas.run import brief, may_be_replaced
+from locas.metrics import Score, brief
+from locas.run_memories import may_be_replaced
 from locas.stream import ReadSettings
 
 
@@ -43,6 +44,8 @@ class Compress:
     gradient; refit, merge, prune: simpler; nl-svd, nl-svd-refit: the paper's, for Locas-MLP."""
     sample_tokens: int = 4096
     """Tokens at the text's beginning that are fitted to, at most half of it."""
+    thaw: bool = False
+    """Compress frozen slots too; afterwards none is frozen (default: they stay as they are, to the last bit)."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     gutenberg: bool = False
     """Strip the header and licence of Project Gutenberg e-books."""
@@ -67,6 +70,7 @@ class Compress:
         documents = options.collect()
         backbone = self.backbone.load()
         memory = backbone_memory(self.memory, backbone)
+        memory = thaw(memory) if self.thaw else memory
         ids = torch.cat([text.ids for text in options.tokenize(documents, backbone)])
         fitted = min(self.sample_tokens, ids.numel() // 2)
         small = compress(

@@ -19,7 +19,8 @@ from locas.cli.common import OutputOptions, UserError, comparison, err, out, pri
 from locas.cli.memorize import drive
 from locas.cli.talk import SamplingOptions, continuation
 from locas.memory import load, read
-from locas.run import Run, RunSettings, Text
+from locas.run import Run
+from locas.run_settings import RunSettings, Text
 from locas.text import one_paragraph_a_line, reflow
 
 _HELD_BACK_EVERY = 20  # paragraphs
@@ -55,7 +56,7 @@ class Demo:
             err.print("stopped; nothing was written")
             return 130
         run.finish()
-        results = run.results() | {"memory": self.output}
+        results = run.results()
         if not self.show.json:
             out.print("\n[bold]1. While reading[/bold]: every chunk is scored before it is learnt\n")
             out.print(comparison(results))

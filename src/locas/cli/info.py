@@ -64,13 +64,13 @@ class Info:
         )
         table.add_row("dtype", manifest["dtype"] or "as the backbone's")
         for about in manifest["memories"]:
-            ranks = sorted(set(about["manifest"]["ranks"].values()))
             tokens = sum(d["tokens"] for d in about["manifest"]["documents"])
-            rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-            layers = len(about["manifest"]["ranks"])
+            rank, layers = _rank(about["manifest"]["ranks"]), len(about["manifest"]["ranks"])
             table.add_row(
                 "memory", f"{about['name']}: rank {rank} on {layers} layers, {tokens:,} tokens read  ({about['file']})"
             )
+            if "compose" in about["manifest"].get("settings", {}):
+                _describe_composed(table, about["manifest"]["settings"]["compose"])
         out.print(table)
         return 0
 
@@ -92,7 +92,10 @@ def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[
     for document in manifest["documents"]:
         table.add_row("", f"{document['name']}: {document['tokens']:,} tokens")
     for group, settings in manifest["settings"].items():
-        table.add_row(f"settings: {group}", _flat(settings))
+        if group == "compose":
+            _describe_composed(table, settings)
+        else:
+            table.add_row(f"settings: {group}", _flat(settings))
     table.add_row("written by", f"locas {manifest['library']}")
     out.print(table)
     layers = Table(box=None, pad_edge=False, header_style="bold")
@@ -105,6 +108,28 @@ def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[
         )
     out.print()
     out.print(layers)
+
+
+def _describe_composed(table: Table, composed: dict[str, Any]) -> None:
+    """A row for each part of a composed memory, and for what was fitted."""
+    for number, part in enumerate(composed["parts"], start=1):
+        texts = ", ".join(d["name"] for d in part.get("documents", ())) or "nothing read"
+        table.add_row(
+            f"composed part {number}", f"rank {_rank(part['ranks'])}, weight {part.get('weight', 1.0):g}: {texts}"
+        )
+    fit = composed.get("fit")
+    if fit is not None:
+        table.add_row(
+            "fitted", f"{fit['epochs']} passes; nats a token from each part's own predictions, before and after:"
+        )
+        for number, text in enumerate(fit["texts"], start=1):
+            change = f"{text['divergence_before']:.4f} -> {text['divergence']:.4f}"
+            table.add_row("", f"part {number} on {text['tokens']:,} tokens: {change}")
+
+
+def _rank(ranks: dict[str, int]) -> str:
+    found = sorted(set(ranks.values()))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
 def _flat(settings: Any) -> str:

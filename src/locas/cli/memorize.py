@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
@@ -17,7 +16,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from locas.batch_run import BatchRun
 from locas.cli.common import (
     BackboneOptions,
     OutputOptions,
@@ -30,13 +28,14 @@ from locas.cli.common import (
     print_json,
     short,
 )
+from locas.cycle import CycleRun
 from locas.initialise import InitSettings
-from locas.run import PRESETS, Run, RunSettings
 from locas.run import Progress as RunProgress
+from locas.run import Run
+from locas.run_settings import PRESETS, RunSettings
 from locas.stream import ReadSettings
 
 Preset = Literal["default", "paper"]
-AnyRun = Run | BatchRun
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Memorize:
         cat notes.md | locas memorize - -o notes.safetensors --memory book.safetensors
         locas memorize b.txt -o ab.safetensors --memory a.safetensors --grow 32 --freeze
         locas memorize a.txt b.txt c.txt -o memories/ --batch 16
+        locas memorize book.txt -o book.safetensors --variant mlp --rank 512 --cycle 256
     """
 
     text: TextOptions
@@ -64,6 +64,11 @@ class Memorize:
     freeze: bool = False
     """With --memory: the slots that it has stay as they are, to the last bit, so that nothing is overwritten; add
     others with --grow."""
+    thaw: bool = False
+    """With --memory: slots that are frozen in it learn again."""
+    cycle: int = 0
+    """For a step-wise Locas-MLP (--variant mlp): when all --rank slots are full, NL-SVD leaves so many, and the filling
+    goes on; half the rank is the paper's choice (0: full slots are learnt by gradient)."""
     compare: bool = False
     """Also read every text without memory, and show the difference (costs about the time of reading)."""
     batch: int | None = None
@@ -94,50 +99,23 @@ class Memorize:
             start_from=self.memory,
             grow=self.grow,
             freeze=self.freeze,
+            thaw=self.thaw,
+            cycle=self.cycle,
             compare=self.compare,
         )
 
     def run(self) -> int:
+        """0; 1 if a text of a batch had to be left out; 130 if the user stopped it."""
         if self.save_every < 0:
             raise UserError(f"--save-every is a number of seconds, 0 or more; got {self.save_every}")
-        if self.batch is not None:
-            return self._run_batch(self.batch)
+        self._check_batch()
         documents = self.text.collect()
         backbone = self.backbone.load()
-        run = Run(backbone, self.text.tokenize(documents, backbone), self.output, self.settings())
-        self._announce(run)
-        if not drive(run, self.save_every):
-            return self._stopped(run)
-        run.finish()
-        results = run.results() | {"memory": str(run.output), "undone_writes": run.undone}
-        if self.show.json:
-            print_json(results)
+        texts = self.text.tokenize(documents, backbone)
+        if self.cycle:
+            run: Run = CycleRun(backbone, texts, self.output, self.settings())
         else:
-            out.print(comparison(results))
-            n = run.memory.n_parameters
-            out.print(
-                f"\n[bold]{run.output}[/bold]: {n:,} parameters ({100 * n / backbone.n_parameters:.2f}% of the "
-                f"backbone's), {Path(run.output).stat().st_size / 2**20:.1f} MiB"
-            )
-            if len(run.texts) > 1:
-                out.print(f"{len(run.texts)} texts, {run.total_tokens:,} tokens")
-            model = f" --model {short(self.backbone.model)}" if self.backbone.model else ""
-            out.print(f"[dim]try: locas chat --memory {short(run.output)}{model}[/dim]")
-        _tell_undone(run)
-        return 0
-
-    def _run_batch(self, size: int) -> int:
-        """A memory for each text; 1 if a text had to be left out."""
-        given = {"--memory": self.memory is not None, "--grow": self.grow != 0, "--freeze": self.freeze}
-        refused = [name for name, is_given in (given | {"--compare": self.compare}).items() if is_given]
-        if refused:
-            raise UserError(
-                f"{', '.join(refused)} and --batch do not go together: each text of a batch gets a fresh memory, and "
-                "`locas score TEXT --memory FILE` compares afterwards"
-            )
-        documents = self.text.collect()
-        backbone = self.backbone.load()
-        run = BatchRun(backbone, self.text.tokenize(documents, backbone), self.output, self.settings(), size)
+            run = Run(backbone, texts, self.output, self.settings(), self.batch)
         self._announce(run)
         if not drive(run, self.save_every):
             return self._stopped(run)
@@ -145,20 +123,39 @@ class Memorize:
         results = run.results()
         if self.show.json:
             print_json(results)
+        elif self.batch is None:
+            self._tell_one(run, results)
         else:
-            if results["documents"]:
-                out.print(memories(results["documents"]))
-            n = len(results["documents"])
-            out.print(
-                f"\n[bold]{n}[/bold] {'memory' if n == 1 else 'memories'} of {run.n_parameters:,} parameters, "
-                f"{results['tokens']:,} tokens in {results['seconds']:.1f} s"
-            )
-        for each in results["failed"]:
+            _tell_each(run, results)
+        for each in results.get("failed", []):
             _say(f"{each['name']} was left out: {each['error']}", style="bold red")
-        _tell_undone(run)
-        return 1 if results["failed"] else 0
+        if run.undone:
+            err.print(f"{run.undone} writes were undone because a loss or gradient was not finite; the step was halved")
+        return 1 if results.get("failed") else 0
 
-    def _announce(self, run: AnyRun) -> None:
+    def _check_batch(self) -> None:
+        given = {"--memory": self.memory is not None, "--grow": self.grow != 0, "--freeze": self.freeze}
+        given |= {"--thaw": self.thaw, "--cycle": self.cycle != 0}
+        refused = [name for name, is_given in (given | {"--compare": self.compare}).items() if is_given]
+        if self.batch is not None and refused:
+            raise UserError(
+                f"{', '.join(refused)} and --batch do not go together: each text of a batch gets a fresh memory, and "
+                "`locas score TEXT --memory FILE` compares afterwards"
+            )
+
+    def _tell_one(self, run: Run, results: dict[str, Any]) -> None:
+        out.print(comparison(results))
+        n, n_backbone = results["memory_parameters"], results["backbone_parameters"]
+        out.print(
+            f"\n[bold]{run.output}[/bold]: {n:,} parameters ({100 * n / n_backbone:.2f}% of the "
+            f"backbone's), {run.output.stat().st_size / 2**20:.1f} MiB"
+        )
+        if len(run.texts) > 1:
+            out.print(f"{len(run.texts)} texts, {run.total_tokens:,} tokens")
+        model = f" --model {short(self.backbone.model)}" if self.backbone.model else ""
+        out.print(f"[dim]try: locas chat --memory {short(run.output)}{model}[/dim]")
+
+    def _announce(self, run: Run) -> None:
         if self.resume and run.resume():
             _say(f"going on at token {run.tokens:,} of {run.total_tokens:,} ({run.state_path})")
             return
@@ -175,7 +172,7 @@ class Memorize:
                 continue
             _say(f"a stopped run of other settings is kept in {other}", style="dim")
 
-    def _stopped(self, run: AnyRun) -> int:
+    def _stopped(self, run: Run) -> int:
         run.save_state()
         command = "locas " + " ".join(short(a) for a in sys.argv[1:])
         command += "" if self.resume else " --resume"
@@ -215,9 +212,15 @@ def _say(text: str, style: str | None = None) -> None:
     err.print(text, style=style, soft_wrap=True, markup=False)
 
 
-def _tell_undone(run: AnyRun) -> None:
-    if run.undone:
-        err.print(f"{run.undone} writes were undone because a loss or gradient was not finite; the step was halved")
+def _tell_each(run: Run, results: dict[str, Any]) -> None:
+    documents = results["documents"]
+    if documents:
+        out.print(memories(documents))
+    n = len(documents)
+    out.print(
+        f"\n[bold]{n}[/bold] {'memory' if n == 1 else 'memories'} of {results['memory_parameters']:,} parameters, "
+        f"{results['tokens']:,} tokens in {results['seconds']:.1f} s"
+    )
 
 
 def memories(documents: list[dict[str, Any]]) -> Table:
@@ -235,7 +238,7 @@ def memories(documents: list[dict[str, Any]]) -> Table:
 # -------------------------------------------------------------------- progress
 
 
-def drive(run: AnyRun, save_every: float) -> bool:
+def drive(run: Run, save_every: float) -> bool:
     """Runs to the end (True), or to the chunk in which the user asks to stop (False), showing where it stands."""
     saved = time.monotonic()
     with _stop_requests() as asked, _bar(run) as show:
@@ -269,7 +272,7 @@ def _stop_requests() -> Iterator[Any]:
 
 
 @contextmanager
-def _bar(run: AnyRun) -> Iterator[Any]:
+def _bar(run: Run) -> Iterator[Any]:
     """A live bar on a terminal, now and then a line elsewhere."""
     if not err.is_terminal:
         yield _Lines(run)
@@ -303,7 +306,7 @@ def _bar(run: AnyRun) -> Iterator[Any]:
 class _Lines:
     """One line of progress for each tenth of the run, for logs."""
 
-    def __init__(self, run: AnyRun) -> None:
+    def __init__(self, run: Run) -> None:
         self.total, self.speed = run.total_tokens, _Speed(run.tokens)
         self.next = run.tokens + self.total / 10
 

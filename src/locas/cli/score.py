@@ -22,8 +22,8 @@ from locas.cli.common import (
     print_json,
 )
 from locas.memory import Memory, read
-from locas.metrics import Score
-from locas.run import Text, brief, figures, sum_scores
+from locas.metrics import Score, brief, figures, sum_scores
+from locas.run_settings import Text
 from locas.stream import ReadSettings
 
 

@@ -1,6 +1,6 @@
 """What it costs to read, to learn and to use a memory, as ratios measured side by side.
 
-    backbone = random_backbone("qwen3-0.6b", dtype=torch.bfloat16, device="cuda")
+    backbone = shapes.random_backbone("qwen3-0.6b", dtype=torch.bfloat16, device="cuda")
     timings = reading(backbone, BenchSettings())
     timings["locas_exact"].ratio          # time relative to truncated reading
 
@@ -14,38 +14,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from locas.attach import attached
 from locas.backbone import Backbone
 from locas.bank import Bank
 from locas.evaluate.learners import make
-from locas.evaluate.memory_use import peak_bytes, size_of
-from locas.forward import frozen, input_embedding
+from locas.evaluate.memory_use import no_log_lines, peak_bytes, size_of
+from locas.forward import device_of, input_embedding
 from locas.initialise import InitSettings, create_bank
-from locas.run import parse_layers
+from locas.run_settings import parse_layers
 from locas.sites import find_sites
 from locas.stream import Reader, ReadSettings
 
 REFERENCE = "truncation"
-# Shapes of models on the hub, for random weights (config.json of Qwen/Qwen3-...-Base).
-SHAPES: dict[str, dict[str, int]] = {
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "qwen3-1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-}
-_QWEN3 = {
-    "vocab_size": 151_936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 32_768,
-    "tie_word_embeddings": True,
-}
+_FULL = 3  # chunks: the window is full at the second, the write rule's state there at the first
 
 
 @dataclass(frozen=True)
@@ -109,37 +95,6 @@ class Timing:
         return low, high
 
 
-def random_backbone(
-    name: str, *, dtype: torch.dtype, device: torch.device | str, layers: int | None = None
-) -> Backbone:
-    """A model of one of `SHAPES`, with random weights and no tokenizer.
-
-    Args:
-        name: of the shape.
-        dtype: of the weights.
-        device: where they are made.
-        layers: so many in place of the shape's own, for a machine that is too small.
-
-    Raises:
-        ValueError: no such shape.
-    """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    if name not in SHAPES:
-        raise ValueError(f"there is no shape {name!r}; there are {', '.join(SHAPES)}")
-    shape = _QWEN3 | SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
-    config = Qwen3Config(**shape)
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
-            model = Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    model.eval()
-    return Backbone(name, model, None, None, False, "")
-
-
 # -------------------------------------------------------------------- reading and learning
 
 
@@ -162,13 +117,13 @@ def reading(
     Raises:
         ValueError: an unknown method, sizes that do not fit the backbone, or too short a text.
     """
-    ids = _text(backbone, settings) if ids is None else ids
+    ids = some_text(backbone, settings) if ids is None else ids
     makers = methods_of(backbone, settings, ids)
     chosen = list(makers) if methods is None else [REFERENCE, *(m for m in methods if m != REFERENCE)]
     unknown = [m for m in chosen if m not in makers]
     if unknown:
         raise ValueError(f"there is no method {', '.join(unknown)}; there are {', '.join(makers)}")
-    return side_by_side({m: makers[m]() for m in chosen}, settings, device_of(backbone), on_round)
+    return side_by_side({m: makers[m]() for m in chosen}, settings, device_of(backbone.model), on_round)
 
 
 def methods_of(
@@ -240,7 +195,8 @@ def _synchronise(device: torch.device) -> None:
 
 def peaks(backbone: Backbone, settings: BenchSettings, methods: Sequence[str]) -> dict[str, int]:
     """Bytes at the peak of a chunk with each method: the backbone's weights and all tensors besides."""
-    ids, device, found = _text(backbone, settings), device_of(backbone), {}
+    _, chunk = settings.read.sizes(backbone.model)
+    ids, device, found = random_ids(backbone, (_FULL + 1) * chunk, settings.seed), device_of(backbone.model), {}
     weights = size_of(backbone.model.parameters())
     makers = methods_of(backbone, settings, ids)
 
@@ -248,7 +204,7 @@ def peaks(backbone: Backbone, settings: BenchSettings, methods: Sequence[str]) -
 
         def work(name: str = name) -> None:
             step = makers[name]()
-            for _ in range(3):  # the window is full at the second chunk, the rule's state there at the first
+            for _ in range(_FULL):
                 step()
 
         _, held = peak_bytes(work, device)
@@ -256,121 +212,20 @@ def peaks(backbone: Backbone, settings: BenchSettings, methods: Sequence[str]) -
     return found
 
 
-# -------------------------------------------------------------------- generating with a memory
-
-
-def generating(
-    backbone: Backbone, settings: BenchSettings, on_round: Callable[[], None] = lambda: None
-) -> dict[str, Timing]:
-    """Time of generated tokens with a memory relative to without: one row with one memory, and a batch with a
-    different one in each row."""
-    ids, device = _text(backbone, settings), device_of(backbone)
-    bank = new_bank(backbone, settings, ids)
-    generator = torch.Generator().manual_seed(settings.seed)
-    bank.rows.add_(torch.randn(bank.rows.shape, generator=generator).to(bank.rows) / bank.d_model)
-    found = {}
-    for name, rows in (("one", 1), ("many", settings.many)):
-        step, first = (_decoder(backbone, ids, rows, n) for n in (settings.generated, 1))
-        own = bank if rows == 1 else Bank.stack([bank] * rows)
-        index = None if rows == 1 else list(reversed(range(rows)))
-
-        plain, memory = [], []
-        for number in range(settings.warmup + settings.rounds):
-            # Which goes first changes from round to round: the second finds the processor's caches warm.
-            took = {}
-            for with_memory in (True, False) if number % 2 else (False, True):
-                with attached(backbone.model, own, index) if with_memory else nullcontext():
-                    first()  # what a memory needs once, its rows gathered and cast, belongs to no token
-                    took[with_memory] = timed(step, device)
-            if number >= settings.warmup:
-                plain.append(took[False])
-                memory.append(took[True])
-            on_round()
-        found[name] = Timing(memory, plain)
-    return found
-
-
-def _decoder(backbone: Backbone, ids: Tensor, rows: int, tokens: int) -> Callable[[], None]:
-    """Generates `tokens` tokens greedily, row by row of a batch, after a short prompt."""
-    from transformers import DynamicCache
-
-    model = backbone.model
-    prompt = ids[:33].expand(rows, -1)
-
-    def step() -> None:
-        with torch.no_grad(), frozen(model):
-            past = DynamicCache()
-            model(prompt[:, :-1], past_key_values=past, use_cache=True, logits_to_keep=1)
-            last = prompt[:, -1:]
-            for _ in range(tokens):
-                logits = model(last, past_key_values=past, use_cache=True).logits
-                last = logits[:, -1:].argmax(-1)
-
-    return step
-
-
-# -------------------------------------------------------------------- scaling
-
-
-def over_lengths(
-    backbone: Backbone, settings: BenchSettings, positions: Sequence[int], reuse: bool, on_round: Callable[[], None]
-) -> dict[str, Timing]:
-    """Time of a chunk far into a document, relative to the first of `positions` (in tokens)."""
-    _, chunk = settings.read.sizes(backbone.model)
-    rounds = settings.warmup + settings.rounds
-    ids = _random_ids(backbone, max(positions) + (rounds + 1) * chunk, settings.seed)
-    read = replace(settings.read, start_in_every_window=backbone.start_in_every_window, reuse=reuse)
-    bank = new_bank(backbone, settings, ids)
-    work: dict[str, Callable[[], object]] = {}
-    for position in positions:
-        reader = Reader(backbone.model, bank.clone(), [ids], read, start_id=backbone.start_id, first_token=position)
-        work[f"{position}"] = reader.next_chunk
-    return side_by_side(work, settings, device_of(backbone), on_round)
-
-
-def over_documents(
-    backbone: Backbone, settings: BenchSettings, counts: Sequence[int], on_round: Callable[[], None]
-) -> dict[str, Timing]:
-    """Time of a chunk of n documents read side by side, relative to one document's; the throughput is n / ratio."""
-    ids = _text(backbone, settings)
-    read = replace(settings.read, start_in_every_window=backbone.start_in_every_window)
-    one = new_bank(backbone, settings, ids)
-    work: dict[str, Callable[[], object]] = {}
-    for n in (1, *(n for n in counts if n != 1)):
-        bank = Bank.stack([one] * n)
-        work[f"{n}"] = Reader(backbone.model, bank, [ids] * n, read, start_id=backbone.start_id).next_chunk
-    return side_by_side(work, settings, device_of(backbone), on_round)
-
-
-def over_ranks(
-    backbone: Backbone, settings: BenchSettings, ranks: Sequence[int], on_round: Callable[[], None]
-) -> dict[str, Timing]:
-    """Time of reading and learning with memories of several ranks, relative to truncated reading."""
-    ids = _text(backbone, settings)
-    work = {REFERENCE: methods_of(backbone, settings, ids)[REFERENCE]()}
-    for rank in ranks:
-        work[f"{rank}"] = methods_of(backbone, replace(settings, rank=rank), ids)["locas_exact"]()
-    return side_by_side(work, settings, device_of(backbone), on_round)
-
-
 # -------------------------------------------------------------------- helpers
 
 
-def device_of(backbone: Backbone) -> torch.device:
-    """Where the model is."""
-    device = next(input_embedding(backbone.model).parameters()).device
-    assert isinstance(device, torch.device)
-    return device
-
-
-def _text(backbone: Backbone, settings: BenchSettings) -> Tensor:
+def some_text(backbone: Backbone, settings: BenchSettings) -> Tensor:
+    """Random tokens for all rounds."""
     _, chunk = settings.read.sizes(backbone.model)
-    return _random_ids(backbone, (settings.warmup + settings.rounds + 1) * chunk, settings.seed)
+    return random_ids(backbone, (settings.warmup + settings.rounds + 1) * chunk, settings.seed)
 
 
-def _random_ids(backbone: Backbone, n: int, seed: int) -> Tensor:
+def random_ids(backbone: Backbone, n: int, seed: int) -> Tensor:
+    """[n] random tokens, on the model's device."""
     vocabulary = next(input_embedding(backbone.model).parameters()).shape[0]
-    return torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(seed)).to(device_of(backbone))
+    ids = torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(seed))
+    return ids.to(device_of(backbone.model))
 
 
 def profile_chunk(backbone: Backbone, settings: BenchSettings, method: str, path: str) -> str:
@@ -378,12 +233,13 @@ def profile_chunk(backbone: Backbone, settings: BenchSettings, method: str, path
     of the costliest operations."""
     from torch.profiler import ProfilerActivity, profile
 
-    device = device_of(backbone)
-    step = methods_of(backbone, settings, _text(backbone, settings))[method]()
-    for _ in range(3):
+    device = device_of(backbone.model)
+    _, chunk = settings.read.sizes(backbone.model)
+    step = methods_of(backbone, settings, random_ids(backbone, (_FULL + 2) * chunk, settings.seed))[method]()
+    for _ in range(_FULL):
         step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, acc_events=True) as profiler:
+    with no_log_lines(), profile(activities=activities, acc_events=True) as profiler:
         step()
         _synchronise(device)
     profiler.export_chrome_trace(path)
@@ -394,16 +250,15 @@ def profile_chunk(backbone: Backbone, settings: BenchSettings, method: str, path
 
 __all__ = [
     "REFERENCE",
-    "SHAPES",
     "BenchSettings",
     "Timing",
-    "generating",
+    "methods_of",
     "new_bank",
-    "over_documents",
-    "over_lengths",
-    "over_ranks",
     "peaks",
     "profile_chunk",
-    "random_backbone",
+    "random_ids",
     "reading",
+    "side_by_side",
+    "some_text",
+    "timed",
 ]

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: each method's time relative to truncated reading, a panel for each backbone."""
+"""The picture of a benchmark: each method's time relative to truncated reading, and how it grows with what."""
 
 from __future__ import annotations
 
@@ -15,14 +15,40 @@ _LABELS = {
     "locas_reuse_upper": "Locas, context kept, upper layers",
     "templora": "TempLoRA",
 }
+# Part of the result: title of its panel, title of the axis below.
+_GROWTH = {
+    "memories": ("a generated token, no memory = 1", "rows, each with a memory of its own"),
+    "length": ("a chunk far into a document (context kept), first = 1", "token that it begins at"),
+    "length_exact": ("the same, window recomputed", "token that it begins at"),
+    "documents": ("documents side by side, throughput, one = 1", "documents"),
+    "window": ("read + learn, read only with the same window = 1", "tokens of the window"),
+    "rank": ("read + learn, read only = 1", "rank"),
+}
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Writes the picture. Raises ModuleNotFoundError, saying how to install it, without the plotting library."""
     alt = altair()
+    timed = [run for run in runs if "relative_time" in run]
+    growth = [panel for part in _GROWTH if (panel := _growth(alt, runs, part)) is not None]
+    panels = ([_methods(alt, timed)] if timed else []) + ([alt.concat(*growth, columns=2)] if growth else [])
+    if not panels:
+        return
+    devices = ", ".join(dict.fromkeys(run["device"] for run in runs))
+    title = alt.Title("What it costs to read and learn", subtitle=[f"{devices}; medians and quartiles"])
+    alt.vconcat(*panels, title=title).resolve_scale(color="independent").save(str(path), scale_factor=2)
+
+
+def _name(run: dict[str, Any]) -> str:
+    """A backbone's name; with dtype and device, which may differ from run to run."""
+    return f"{run['backbone']['name']}, {run['backbone']['dtype']}, {run['device'].split(',')[0]}"
+
+
+def _methods(alt: Any, runs: list[dict[str, Any]]) -> Any:
+    """Bars: each method's time relative to truncated reading, a panel for each backbone."""
     rows = [
         {
-            "backbone": run["backbone"]["name"],
+            "backbone": _name(run),
             "method": _LABELS[method],
             "ratio": ratio,
             "low": run["quartiles"][method][0],
@@ -32,8 +58,6 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         for run in runs
         for method, ratio in run["relative_time"].items()
     ]
-    if not rows:
-        return
     order = [label for label in _LABELS.values() if any(row["method"] == label for row in rows)]
     y = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=240))
     grey, blue, red = '"#8a8f98"', '"#0b6fb8"', '"#d1495b"'
@@ -44,8 +68,37 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     spread = base.mark_rule(strokeWidth=2, color="#222").encode(y=y, x="low:Q", x2="high:Q")
     text = base.mark_text(align="left", dx=8).encode(y=y, x="high:Q", text="text:N")
     panel = (bars + spread + text).properties(width=480, height=26 * len(order))
-    chart = panel.facet(row=alt.Row("backbone:N", title=None)) if len(runs) > 1 else panel
-    title = alt.Title(
-        "What it costs to read and learn", subtitle=[f"{runs[0]['device']}; bars: medians, lines: quartiles"]
+    header = alt.Header(labelAngle=0, labelOrient="top", labelAnchor="start", labelFontWeight="bold")
+    return panel.facet(row=alt.Row("backbone:N", title=None, sort=None, header=header)) if len(runs) > 1 else panel
+
+
+def _growth(alt: Any, runs: list[dict[str, Any]], part: str) -> Any:
+    """A line for each backbone over what grows, with the quartiles; of documents the throughput."""
+    rows = [
+        {
+            "backbone": _name(run),
+            "n": int(n),
+            "y": its["ratio"],
+            "low": its["quartiles"][0],
+            "high": its["quartiles"][1],
+        }
+        for run in runs
+        for n, its in run.get(part, {}).items()
+        if n.isdecimal()
+    ]
+    if not rows:
+        return None
+    if part == "documents":
+        rows = [
+            row | {"y": row["n"] / row["y"], "low": row["n"] / row["high"], "high": row["n"] / row["low"]}
+            for row in rows
+        ]
+    title, axis = _GROWTH[part]
+    ticks = sorted({row["n"] for row in rows})
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("n:Q", title=axis, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(values=ticks, format="~s")),
+        color=alt.Color("backbone:N", title=None, sort=None, legend=alt.Legend(orient="bottom", labelLimit=400)),
     )
-    chart.properties(title=title).save(str(path), scale_factor=2)
+    line = base.mark_line(point=True).encode(y=alt.Y("y:Q", title=None))
+    spread = base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q")
+    return (line + spread).properties(title=alt.Title(title, anchor="start", fontSize=12), width=340, height=140)

@@ -11,8 +11,7 @@ from typing import Any
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun, Losses
 from locas.evaluate.statistics import LEVEL, RESAMPLES, cut, paired, perplexities
-from locas.metrics import Score
-from locas.run import brief
+from locas.metrics import Score, brief
 
 FORMAT, VERSION = "locas-books", 1
 MARKS_TOKENS = (50_000, 100_000, 150_000, 200_000)  # where the literature reports

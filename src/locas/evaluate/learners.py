@@ -26,7 +26,7 @@ from locas.evaluate.changes import need_peft
 from locas.evaluate.weights import RECIPES, Recipe, WeightLearner
 from locas.forward import trained_context
 from locas.initialise import InitSettings, create_bank
-from locas.run import PRESETS, parse_layers
+from locas.run_settings import PRESETS, parse_layers
 from locas.sites import find_sites
 from locas.stream import ChunkRecord, Reader, ReadSettings
 from locas.write import WriteSettings

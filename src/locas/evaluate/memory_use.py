@@ -28,7 +28,7 @@ def peak_bytes(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
         return result, torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with _no_log_lines(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+    with no_log_lines(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         result = work()
     kineto = profiler.profiler
     assert kineto is not None
@@ -41,7 +41,7 @@ def peak_bytes(work: Callable[[], T], device: torch.device) -> tuple[T, int]:
 
 
 @contextmanager
-def _no_log_lines() -> Iterator[None]:
+def no_log_lines() -> Iterator[None]:
     """The profiler writes to standard error from C++, among other things for each tensor that is older than it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -1,0 +1,144 @@
+"""Less memory for the backward pass: the same losses and gradients to the last bit, and less that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from families import FAMILY_NAMES, tiny_model
+from helpers import memory_for, same_bytes, text
+from locas import forward, lean
+from locas.attach import attached
+from locas.bank import Bank
+from locas.evaluate.memory_use import peak_bytes
+from locas.forward import chunk_nll, find_head, frozen, read_prefix
+
+ModelOf = Callable[..., PreTrainedModel]
+CHUNK, PREFIX = 11, 31  # longer than the sliding windows of the tiny models, so that those have masks of two kinds
+
+
+def learn(model: nn.Module, bank: Bank) -> tuple[Tensor, Tensor]:
+    """The losses of a chunk behind a prefix, and the memory's gradient."""
+    ids = torch.stack([text(PREFIX + CHUNK + 1, seed) for seed in (1, 2)])
+    head = find_head(model)
+    with frozen(model), attached(model, bank, [0, 0]):
+        bank.requires_grad_()
+        prefix = read_prefix(model, ids[:, :PREFIX])
+        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head)
+        nll.sum().backward(inputs=bank.leaves())
+        assert bank.grad is not None
+        grad = bank.grad
+        bank.requires_grad_(False)
+    return nll.detach(), grad
+
+
+@pytest.fixture
+def wasteful(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Turns both savings off."""
+
+    def off() -> None:
+        monkeypatch.setattr(forward, "one_mask", lambda model: nullcontext())
+        monkeypatch.setattr(forward, "recomputed", nullcontext)
+
+    return off
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_familys_losses_and_gradients_are_the_same(
+    model_of: ModelOf, name: str, wasteful: Callable[[], None]
+) -> None:
+    model = model_of(name)
+    bank = memory_for(model)
+    lean_nll, lean_grad = learn(model, bank)
+    wasteful()
+    nll, grad = learn(model, bank)
+    assert same_bytes(lean_nll, nll)
+    assert same_bytes(lean_grad, grad)
+    assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma"])
+def test_less_is_kept(name: str, wasteful: Callable[[], None]) -> None:
+    model, cpu = tiny_model(name), torch.device("cpu")
+    bank = memory_for(model)
+    _, less = peak_bytes(lambda: learn(model, bank), cpu)
+    wasteful()
+    _, more = peak_bytes(lambda: learn(model, bank), cpu)
+    # The lowest layer's FFN has no gradient; act(gate) of the others [2, 11, 37], and one of three masks [2, 1, 11, 42]
+    # suffices, in float64. Not all of it counts at the peak.
+    assert more - less >= 8 * 2 * (2 * 11 * 37) * 0.8
+
+
+@pytest.mark.parametrize("act", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")])
+def test_an_activation_is_kept_as_its_input_and_made_again(act: Callable[[Tensor], Tensor]) -> None:
+    gate = torch.linspace(-5, 5, 1013, dtype=torch.float64).requires_grad_()
+    made = act(gate)
+    packed = lean._pack(made)
+    assert isinstance(packed, tuple)
+    assert packed[1].data_ptr() == gate.data_ptr()
+    assert same_bytes(lean._unpack(packed), made)
+    assert lean._pack(gate) is gate
+    other = gate.tanh()
+    assert lean._pack(other) is other
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    def product(gate: Tensor, up: Tensor) -> Tensor:
+        with lean.recomputed():
+            return F.silu(gate) * up + F.gelu(gate, approximate="tanh") * up
+
+    g = torch.Generator().manual_seed(1)
+    gate, up = (torch.randn(3, 5, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(product, (gate, up))
+
+
+def masks_of(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> list[Tensor]:
+    """The attention mask that each layer is called with, under `one_mask`."""
+    seen: list[Tensor] = []
+    past = read_prefix(model, ids[:, :PREFIX])
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["attention_mask"])
+
+    with torch.no_grad(), lean.one_mask(model):
+        handles = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]  # type: ignore[union-attr]
+        try:
+            model(ids[:, PREFIX:], **past)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return seen
+
+
+def test_a_mask_becomes_numbers_once_and_hooks_go(model_of: ModelOf) -> None:
+    model: Any = model_of("qwen3")
+    masks = masks_of(model, model.model.layers, text(PREFIX + CHUNK)[None])
+    assert all(mask is masks[0] for mask in masks)
+    rows = torch.arange(CHUNK)[:, None] + PREFIX
+    seen = torch.arange(PREFIX + CHUNK) <= rows
+    expected = torch.zeros(CHUNK, PREFIX + CHUNK, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    assert same_bytes(masks[0][0, 0], expected)
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_layers_of_mixed_precision_keep_their_mask() -> None:
+    """What matters is the queries' dtype, which such a layer does not show."""
+    model: Any = tiny_model("qwen3", dtype=torch.float32)
+    model.model.layers[1].mlp.to(torch.bfloat16)
+
+    def stand_in(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return (args[0].to(torch.bfloat16), *args[1:]), kwargs
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(stand_in, with_kwargs=True)
+    back = model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output.float())
+    masks = masks_of(model, model.model.layers, text(PREFIX + CHUNK)[None])
+    handle.remove()
+    back.remove()
+    assert [mask.dtype for mask in masks] == [torch.float32, torch.bool, torch.float32]
