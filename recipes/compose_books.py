@@ -12,7 +12,8 @@ Remedies:
 * `half weights`: each part's weight 0.5, `three quarters`: 0.75;
 * `rank N/2`: memories of half the rank, composed to the rank of one;
 * `orthogonal`: the second memory's keys and gates lose, row by row, what lies in the span of the first's (QR);
-* `fitted`: `compose(..., fit=...)` on the text that each has read;
+* `fitted`: `compose(..., fit=...)` on the text that each has read; `predictions fitted`: the same with the parts'
+  predictions only, and no share of the text's own tokens;
 * `frozen growth`: not composed: the first memory is frozen and grows as many slots, which read the second book.
 
 Rounding: each book's memory is merged with `--dtype float32`, and the result is then rounded to bfloat16 as a whole;
@@ -23,6 +24,7 @@ arithmetic, so that what differs is the weights.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -32,21 +34,24 @@ from typing import Any
 
 import torch
 import transformers
-from _rows import Books, Row, by_place, mean, parser, run, share
+from _rows import WORTH_NATS, Books, Row, by_place, mean, parser, run, share
 from markdown_table import markdown
 
 import locas
 from locas.compose import compose
+from locas.composed_fit import FitSettings
 from locas.grow import freeze, grow
 from locas.memory import Memory
 from locas.merge import merge
 
+BOTH = ("first", "second")
 COMPOSED = {
     "plain": "sum of both",
     "half weights": "sum, weights 0.5",
     "three quarters": "sum, weights 0.75",
     "orthogonal": "sum, the second's keys and gates orthogonal to the first's",
-    "fitted": "fitted to both texts (`--fit`)",
+    "predictions fitted": "fitted to the parts' predictions on both texts (`--fit --fit-text-share 0`)",
+    "fitted": "fitted, with a share of the texts' own tokens (`--fit`)",
     "frozen growth": "not composed: the first frozen, new slots read the second book",
 }
 
@@ -71,6 +76,7 @@ def rows(books: Books, args: argparse.Namespace, known: list[Row]) -> Iterator[R
             "three quarters",
             f"rank {args.rank // 2}",
             "orthogonal",
+            "predictions fitted",
             "fitted",
             "frozen growth",
         ):
@@ -107,10 +113,11 @@ def together(books: Books, args: argparse.Namespace, what: str, first: str, seco
         return grown(books, args, one, second)
     if what == "orthogonal":
         return compose([one, orthogonal(two, one)])
-    if what == "fitted":
+    if "fitted" in what:
+        settings = FitSettings() if what == "fitted" else FitSettings(text_share=0.0)
         texts = [books.read_part(name) for name in (first, second)]
         model, start = books.backbone.model, books.backbone.start_id
-        return compose([one, two], fit=texts, model=model, start_id=start)
+        return compose([one, two], fit=texts, model=model, start_id=start, settings=settings)
     return compose([one, two], weights=[{"half weights": 0.5, "three quarters": 0.75}.get(what, 1.0)] * 2)
 
 
@@ -169,21 +176,24 @@ def rounded(model: Any) -> Any:
 def table(report: Row) -> str:
     """How much of each book's gain is left in a composed memory, means over pairs; and what rounding costs."""
     parts = []
-    for rank, read, later, rows in by_place(report["results"]):
+    for where, rows in by_place(report["results"]):
         pairs = [r for r in rows if r["part"] == "compose"]
         lines = []
         for what in dict.fromkeys(r["what"] for r in pairs):
             mine = [r for r in pairs if r["what"] == what]
             name = COMPOSED.get(what, f"sum of memories of {what}")
-            figures = [share([r[f"kept_{span}"] for r in mine]) for span in ("later", "read")]
-            worst = min(
-                r[f"{who}_gain_both_later"] / r[f"{who}_gain_later"] for r in mine for who in ("first", "second")
-            )
-            lines.append([name, *figures, f"{100 * worst:.0f}%", str(len(mine))])
+            figures = [
+                share([r[f"kept_{span}"] for r in mine if sum(r[f"{who}_gain_{span}"] for who in BOTH) > WORTH_NATS])
+                for span in ("later", "read")
+            ]
+            books = [(r, who) for r in mine for who in BOTH if r[f"{who}_gain_later"] > WORTH_NATS]
+            worst = min((r[f"{who}_gain_both_later"] / r[f"{who}_gain_later"] for r, who in books), default=math.nan)
+            lines.append([name, *figures, "" if math.isnan(worst) else f"{100 * worst:.0f}%", str(len(mine))])
         parts.append(
-            f"## Two books in one memory: rank {rank}, {read:,} tokens of each read, {later:,} that follow\n"
+            f"## Two books in one memory: {where}\n"
             "What is kept of the two books' gain over no memory (nats a token, nothing being learnt), in per cent of "
-            "the gain with each one's own memory; means over pairs of development books, with 95% intervals.\n\n"
+            f"the gain with each one's own memory where that is above {WORTH_NATS}; means over pairs of development "
+            "books, with 95% intervals.\n\n"
             + markdown(["both books in one", "kept on what follows", "on what was read", "worst book", "pairs"], lines)
         )
         rounded = [r for r in rows if r["part"] == "rounding"]

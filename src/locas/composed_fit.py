@@ -3,7 +3,8 @@
 Each part was written without the others in sight. In the sum, what both have learnt (a kind of prose, say) counts
 twice, and each part disturbs the others' texts. With some text for each part at hand, a few passes over the texts mend
 that: the predictions with the composed memory are drawn, by gradient on all of its rows, to those with part i alone
-(Kullback-Leibler divergence). Nothing is learnt from the texts themselves, and frozen slots stay as they are.
+(Kullback-Leibler divergence), and for a small share to the text's own next tokens, as in reading. Frozen slots stay as
+they are.
 
 Tried and dropped (LOG.md): values by least squares in each layer, so that the composed function comes nearest to part
 i's on text i, in closed form. It helps the parts' gain on later text nearly as much and costs a third, but on the text
@@ -37,11 +38,14 @@ class FitSettings:
         tokens: how many of each text's last tokens are looked at.
         epochs: passes over them.
         lr: the length by which a row moves in the first step; it falls to zero along a cosine.
+        text_share: how much of the loss is that of the text's own tokens, which is to read it once more; 0: the
+            composed memory learns the parts' predictions only.
     """
 
     tokens: int = 16384
     epochs: int = 2
-    lr: float = 0.03
+    lr: float = 0.01
+    text_share: float = 0.1
 
     def __post_init__(self) -> None:
         if self.tokens < 4:
@@ -50,6 +54,8 @@ class FitSettings:
             raise ValueError(f"epochs must be 1 or more; got {self.epochs}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a positive number; got {self.lr}")
+        if not 0 <= self.text_share <= 1:
+            raise ValueError(f"text_share must be in [0, 1]; got {self.text_share}")
 
 
 def fit_composed(
@@ -121,12 +127,13 @@ def _distil(
         bank.requires_grad_()
         try:
             with torch.enable_grad():
-                _divergence(model, bank, *windows[chosen]).backward(inputs=bank.leaves())
+                part, window = windows[chosen]
+                _loss(model, bank, part, window, settings.text_share).backward(inputs=bank.leaves())
             grad = bank.grad
         finally:
             bank.requires_grad_(False)
         assert grad is not None
-        share = (0.5 + 0.5 * math.cos(math.pi * step / steps)) * windows[chosen][1].numel() / longest
+        share = (0.5 + 0.5 * math.cos(math.pi * step / steps)) * window.numel() / longest
         writer.write(grad, torch.tensor([share], dtype=torch.float64, device=bank.device))
 
 
@@ -135,22 +142,26 @@ def _divergences(model: nn.Module, bank: Bank, parts: Sequence[Bank], work: list
     found = []
     with torch.no_grad():
         for part, windows in zip(parts, work, strict=True):
-            total = sum(float(_divergence(model, bank, part, window)) * window.numel() for window in windows)
+            total = sum(float(_loss(model, bank, part, window, 0.0)) * window.numel() for window in windows)
             found.append(total / sum(window.numel() for window in windows))
     if not all(map(math.isfinite, found)):
         raise FloatingPointError(f"predictions on the texts are not finite ({found}); try the backbone in float32")
     return found
 
 
-def _divergence(model: nn.Module, bank: Bank, part: Bank, window: Tensor) -> Tensor:
-    """KL from the predictions with `part` to those with `bank`, mean over a window's tokens, float32 or better."""
-    window = window.to(device_of(model))[None]
+def _loss(model: nn.Module, bank: Bank, part: Bank, window: Tensor, text_share: float) -> Tensor:
+    """KL from the predictions with `part` to those with `bank`, and for its share the loss of the window's own tokens;
+    means over a window's tokens, float32 or better."""
+    window = window.to(device_of(model))
     with frozen(model):
         with torch.no_grad(), attached(model, part):
-            wanted = _log_probabilities(call(model, window).logits[0])
+            wanted = _log_probabilities(call(model, window[None]).logits[0])
         with attached(model, bank):
-            found = _log_probabilities(call(model, window).logits[0])
-    return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+            found = _log_probabilities(call(model, window[None]).logits[0])
+    divergence = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    if text_share == 0 or window.numel() < 2:
+        return divergence
+    return (1 - text_share) * divergence + text_share * torch.nn.functional.nll_loss(found[:-1], window[1:])
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class LocasConfig(PeftConfig):
         tau_scale, activation, seed: see `InitSettings`.
         layers: which layers get slots; None: all.
         memory: the manifest of the memory that this adapter is; filled in when the adapter is made.
-        frozen_sha256: of the rows of its frozen slots, None where there are none; filled in likewise.
+        frozen_sha256: of the rows of its frozen slots, None where there are none; filled in by `to_peft`.
         target_modules: not used; PEFT wants it to be there.
     """
 
@@ -318,7 +318,8 @@ def from_peft(adapted: PeftModel, adapter_name: str = "default") -> Memory:
             if slots.g is not None:
                 slots.g[0].copy_(keys[: slots.k.shape[1]])
             slots.v[0].copy_(module.locas_values[adapter_name].detach())
-    if config.frozen_sha256 != _frozen_sha256(memory):
+    # Adapters that were saved before this was noted have none.
+    if config.frozen_sha256 is not None and config.frozen_sha256 != _frozen_sha256(memory):
         raise ValueError(
             f"training changed frozen slots of the adapter {adapter_name!r} (weight decay does): they are not what the "
             "memory promises. Train without weight decay, or make the adapter of a thawed memory (locas.grow.thaw)"

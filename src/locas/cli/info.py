@@ -120,7 +120,7 @@ def _describe_composed(table: Table, composed: dict[str, Any]) -> None:
     fit = composed.get("fit")
     if fit is not None:
         table.add_row(
-            "fitted", f"{fit['epochs']} passes; nats a token from each part's own predictions, before and after:"
+            "fitted", f"epochs {fit['epochs']}; nats a token from each part's own predictions, before and after:"
         )
         for number, text in enumerate(fit["texts"], start=1):
             change = f"{text['divergence_before']:.4f} -> {text['divergence']:.4f}"
