@@ -14,6 +14,7 @@ import dialogue
 import forgetting
 from markdown_table import markdown
 
+from locas.cli.bench_tables import SCALING
 from locas.evaluate.statistics import paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
@@ -249,15 +250,16 @@ def bench(report: Row) -> str:
             f"Extra time of a generated token, {rows} row{'s' if rows > 1 else ''} with as many memories: "
             f"{100 * figures['extra_time']:+.1f}% (quartiles {100 * low:+.1f}% to {100 * high:+.1f}%).\n"
         )
-    for part, what in (
-        ("length", "a chunk that begins at this token, relative to the first, context kept"),
-        ("documents", "a chunk of so many documents side by side, relative to one"),
-        ("rank", "reading and learning at this rank, relative to truncated reading"),
-    ):
+    for part, (what, unit) in SCALING.items():
         if part in report:
-            cells = "; ".join(f"{name}: {f['ratio']:.2f}" for name, f in report[part].items())
-            parts.append(f"Time of {what}: {cells}.\n")
+            rows = [_scaled(name, figures) for name, figures in report[part].items()]
+            parts.append(f"Time of {what}:\n\n" + markdown([unit, "time", "quartiles"], rows))
     return "\n".join(parts)
+
+
+def _scaled(name: str, figures: Row) -> list[str]:
+    low, high = figures["quartiles"]
+    return [f"{int(name):,}" if name.isdecimal() else name, f"{figures['ratio']:.3f}", f"{low:.3f}-{high:.3f}"]
 
 
 def kills(report: Row) -> str:
