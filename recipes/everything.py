@@ -47,7 +47,7 @@ class Part:
 def parts(data: Path) -> tuple[Part, ...]:
     """All of them, in their order."""
     dev, test, locomo = str(data / "books/dev"), str(data / "books/test"), data / "locomo"
-    # A brief run's losses are not a whole run's: the folders' names say so.
+    beginnings = ("--skip-tokens", "4096", "--read-tokens", "8192", "--later-tokens", "4096")
     return (
         Part(
             "tune-baselines",
@@ -101,14 +101,14 @@ def parts(data: Path) -> tuple[Part, ...]:
         Part(
             "compose",
             "what composing two books costs each",
-            ("compose_books.py", dev),
+            ("compose_books.py", dev, *beginnings),
             ("--read-tokens", "4096", "--later-tokens", "2048"),
             ("books/dev",),
         ),
         Part(
             "compress",
             "what survives at half and a quarter of the rank",
-            ("compress.py", dev),
+            ("compress.py", dev, "--books", "5962,26239,27454,53345", *beginnings),
             ("--read-tokens", "4096", "--later-tokens", "2048"),
             ("books/dev",),
         ),

@@ -10,7 +10,7 @@ Most of what learning needs beyond reading is what autograd keeps of the frozen 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,9 @@ def _pack(kept: Tensor) -> _Packed:
         return F.silu, made_by._saved_self.detach()
     if name == "GeluBackward0":
         return partial(F.gelu, approximate=made_by._saved_approximate), made_by._saved_self.detach()
-    return kept
+    # Not the tensor itself: an operation that keeps its own output would then hold itself, and outlive a graph that no
+    # backward pass goes through.
+    return kept.detach()
 
 
 def _unpack(packed: _Packed) -> Tensor:
@@ -53,7 +55,8 @@ def _unpack(packed: _Packed) -> Tensor:
 @contextmanager
 def one_mask(model: nn.Module) -> Iterator[None]:
     """Calls of the model inside: a boolean attention mask becomes 0 and -inf once, not once a layer, just as torch's
-    own attention would do it. Backbones with an attention of another kind are called as they are."""
+    own attention would do it. Backbones with an attention of another kind, or of no family that locas knows, are called
+    as they are."""
     made: list[tuple[Tensor, Tensor]] = []  # a backbone may have several masks, for long and for short attention
 
     def replace(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -69,7 +72,9 @@ def one_mask(model: nn.Module) -> Iterator[None]:
         return args, kwargs | {"attention_mask": numbers}
 
     plain = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
-    layers: Iterable[nn.Module] = decoder_of(model) if plain else ()
+    layers: Iterable[nn.Module] = ()
+    with suppress(ValueError):  # without a memory, a model of any family can be read
+        layers = decoder_of(model) if plain else ()
     handles = [layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in layers]
     try:
         yield

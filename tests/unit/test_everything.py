@@ -13,6 +13,8 @@ import everything  # noqa: E402
 def test_every_part_calls_a_recipe_with_options_that_it_has() -> None:
     for part in everything.parts(Path("data")):
         source = (RECIPES / part.command[0]).read_text()
+        shared = [helper.read_text() for helper in RECIPES.glob("_*.py") if f"from {helper.stem} import" in source]
+        source = "".join([source, *shared])
         for option in (*part.command, *part.brief):
             if option.startswith("-"):
                 assert f'"{option}"' in source, (part.name, option)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from families import FAMILY_NAMES, tiny_model
 from helpers import memory_for, same_bytes, text
-from locas import forward, lean
+from locas import forward, lean, sites
 from locas.attach import attached
 from locas.bank import Bank
 from locas.evaluate.memory_use import peak_bytes
@@ -84,9 +85,38 @@ def test_an_activation_is_kept_as_its_input_and_made_again(act: Callable[[Tensor
     assert isinstance(packed, tuple)
     assert packed[1].data_ptr() == gate.data_ptr()
     assert same_bytes(lean._unpack(packed), made)
-    assert lean._pack(gate) is gate
-    other = gate.tanh()
-    assert lean._pack(other) is other
+    for other in (gate, gate.tanh()):
+        packed = lean._pack(other)
+        assert isinstance(packed, Tensor)
+        assert packed.data_ptr() == other.data_ptr()
+        assert lean._unpack(packed) is packed
+
+
+def test_a_graph_without_a_backward_pass_is_given_back(model_of: ModelOf) -> None:
+    """Softmax, norms and attention keep their own outputs: held as they are, they would hold themselves for ever."""
+    model = model_of("qwen3")
+    ids = text(CHUNK + 1)[None]
+
+    def score() -> None:
+        with attached(model, bank):
+            nll = chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None)
+        assert nll.requires_grad
+
+    bank = memory_for(model).requires_grad_()
+    with frozen(model):
+        score()
+        gc.collect()
+        before = sum(type(each) is Tensor for each in gc.get_objects())
+        score()
+        gc.collect()
+    assert sum(type(each) is Tensor for each in gc.get_objects()) == before
+
+
+def test_a_model_of_no_known_family_is_read_as_it_is(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("qwen3"), text(CHUNK + 1)[None]
+    expected = chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None)
+    monkeypatch.setattr(sites, "FAMILIES", [])
+    assert same_bytes(chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None), expected)
 
 
 def test_gradients_agree_with_finite_differences() -> None:
