@@ -134,6 +134,8 @@ class CycleRun(Run):
         ValueError: as for `Run`, and a memory that the cycle is not for.
     """
 
+    compresses = True
+
     def __init__(self, backbone: Backbone, texts: Sequence[Text], output: str, settings: RunSettings) -> None:
         super().__init__(backbone, texts, output, settings)
         check_cycle(self.memory.bank, settings.cycle)

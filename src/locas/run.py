@@ -75,6 +75,8 @@ class Run:
         OSError: the output's folder does not exist or cannot be written.
     """
 
+    compresses = False  # whether it acts on `RunSettings.cycle`
+
     def __init__(
         self,
         backbone: Backbone,
@@ -85,6 +87,8 @@ class Run:
     ) -> None:
         self.backbone, self.texts, self.output = backbone, list(texts), Path(output)
         self.settings = settings = resolved(settings, backbone)
+        if settings.cycle and not self.compresses:
+            raise ValueError(f"a run with cycle={settings.cycle} is a locas.cycle.CycleRun, one text after another")
         if not self.texts:
             raise ValueError("there is no text to read")
         self.memories: OneMemory | MemoryEach = (

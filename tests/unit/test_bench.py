@@ -174,6 +174,7 @@ def test_several_backbones_and_a_profile(
     [
         (["--parts", "speed"], "choose from reading, generating"),
         (["--methods", "lora"], "there is no method lora; there are truncation"),
+        (["--parts", "memory", "--methods", "lora"], "there is no method lora; there are truncation"),
         (["--backbones", ","], "names none"),
         (["--backbones", "qwen3-4b:0"], "a number of layers"),
         (["--backbones", "builtin,qwen3-4b:99999"], "takes about"),

@@ -245,3 +245,8 @@ def test_an_output_that_is_something_else_is_not_overwritten(llama: Backbone, ou
     output.write_text("")
     run_to_end(Run(llama, three_texts(llama), output, SETTINGS))
     run_to_end(Run(llama, three_texts(llama), output, SETTINGS))
+
+
+def test_a_plain_run_does_not_drop_the_cycle_silently(backbone: Backbone, output: Path) -> None:
+    with pytest.raises(ValueError, match=r"cycle=5 is a locas\.cycle\.CycleRun"):
+        Run(backbone, three_texts(backbone), output, replace(SETTINGS, cycle=5))

@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from locas.store import write_atomically
 
 Part = Literal["reading", "generating", "memory", "memories", "length", "documents", "window", "rank"]
 _QUICK: tuple[Part, ...] = ("reading", "generating", "memory")
+_QUICK_ROUNDS = 10
 _DEFAULT_WINDOW = 2048  # of the shapes, whose context is longer
 _WINDOWS = (4, 2, 1)  # parts of the window that are measured too
 
@@ -138,9 +139,7 @@ class Bench:
         return list(NAMES)
 
     def _settings(self) -> BenchSettings:
-        if not self.quick or self.settings != BenchSettings():
-            return self.settings
-        return BenchSettings(rounds=10)
+        return replace(self.settings, rounds=min(self.settings.rounds, _QUICK_ROUNDS)) if self.quick else self.settings
 
     def _measure(self, backbone: Backbone, parts: tuple[str, ...]) -> dict[str, Any]:
         settings = self._settings()

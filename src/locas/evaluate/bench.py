@@ -120,9 +120,7 @@ def reading(
     ids = some_text(backbone, settings) if ids is None else ids
     makers = methods_of(backbone, settings, ids)
     chosen = list(makers) if methods is None else [REFERENCE, *(m for m in methods if m != REFERENCE)]
-    unknown = [m for m in chosen if m not in makers]
-    if unknown:
-        raise ValueError(f"there is no method {', '.join(unknown)}; there are {', '.join(makers)}")
+    _check_methods(chosen, makers)
     return side_by_side({m: makers[m]() for m in chosen}, settings, device_of(backbone.model), on_round)
 
 
@@ -194,11 +192,16 @@ def _synchronise(device: torch.device) -> None:
 
 
 def peaks(backbone: Backbone, settings: BenchSettings, methods: Sequence[str]) -> dict[str, int]:
-    """Bytes at the peak of a chunk with each method: the backbone's weights and all tensors besides."""
+    """Bytes at the peak of a chunk with each method: the backbone's weights and all tensors besides.
+
+    Raises:
+        ValueError: an unknown method, or sizes that do not fit the backbone.
+    """
     _, chunk = settings.read.sizes(backbone.model)
     ids, device, found = random_ids(backbone, (_FULL + 1) * chunk, settings.seed), device_of(backbone.model), {}
     weights = size_of(backbone.model.parameters())
     makers = methods_of(backbone, settings, ids)
+    _check_methods(methods, makers)
 
     for name in methods:
 
@@ -213,6 +216,12 @@ def peaks(backbone: Backbone, settings: BenchSettings, methods: Sequence[str]) -
 
 
 # -------------------------------------------------------------------- helpers
+
+
+def _check_methods(chosen: Sequence[str], makers: Mapping[str, object]) -> None:
+    unknown = [m for m in chosen if m not in makers]
+    if unknown:
+        raise ValueError(f"there is no method {', '.join(unknown)}; there are {', '.join(makers)}")
 
 
 def some_text(backbone: Backbone, settings: BenchSettings) -> Tensor:
