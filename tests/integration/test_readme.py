@@ -25,6 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     text = (ROOT / "LICENSE").read_text()
     (tmp_path / "book.txt").write_text(text[:4_000])
     (tmp_path / "chapter.txt").write_text(text[4_000:6_000])
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(text[:2_000])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -239,7 +239,7 @@ def test_states_from_before_there_was_a_setting_are_found(
     )
     assert Run(llama, three_texts(llama), output, SETTINGS).key == key
     monkeypatch.undo()
-    assert Run(llama, three_texts(llama), output, replace(SETTINGS, cycle=2)).key != key
+    assert Run(llama, three_texts(llama), output, replace(SETTINGS, init_tokens=7)).key != key
 
 
 def test_damaged_states_are_refused_and_change_nothing(backbone: Backbone, output: Path) -> None:
