@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from _setup import book_paths, quiet_backbone, write_report
 from torch import Tensor
 
 import locas
@@ -19,7 +19,6 @@ from locas.backbone import Backbone
 from locas.evaluate.provenance import environment
 from locas.evaluate.statistics import paired_bootstrap
 from locas.memory import Memory
-from locas.store import write_atomically
 from locas.text import collect
 
 Row = dict[str, Any]
@@ -62,19 +61,14 @@ def run(
     if args.table or args.folder is None:
         print(table(report))
         return 0
-    torch.set_num_threads(args.threads)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    backbone = locas.load_backbone(args.model)
-    paths = [b for b in sorted(args.folder.glob("*.txt")) if not args.books or b.stem in args.books.split(",")]
+    backbone, paths = quiet_backbone(args), book_paths(args)
     place = {k: getattr(args, k) for k in ("rank", "skip_tokens", "read_tokens", "later_tokens")}
     place |= {"backbone": backbone.name, "seed": SEED}
     known = [row for row in report["results"] if {k: row.get(k) for k in place} == place]
     for row in rows(Books(backbone, paths, args), args, known):
         report["results"].append(place | row)
         report |= environment(backbone) | {"recipe": recipe}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, (json.dumps(report, indent=1) + "\n").encode())
+        write_report(args.output, report)
         print(json.dumps(row), flush=True)
     print(table(report))
     return 0

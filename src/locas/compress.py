@@ -189,8 +189,7 @@ def eliminate(responses: Tensor, values: Tensor, rank: int) -> Tensor:
         values: [r, d_model] float64.
         rank: how many are kept.
     """
-    gram, _ = ridged(responses.T @ responses, _RIDGE)
-    inverse, w = torch.linalg.inv(gram), values.clone()
+    inverse, w = torch.linalg.inv(ridged(responses.T @ responses, _RIDGE)), values.clone()
     left = torch.arange(values.shape[0])
     while left.numel() > rank:
         diagonal = inverse.diagonal()

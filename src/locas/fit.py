@@ -1,4 +1,4 @@
-"""Values fitted by least squares: what compressing and composing share.
+"""Values fitted by least squares, which compressing rests on.
 
 A memory's function in a layer is linear in its values: F(A) = sum_j m_j(A) tau v_j, where the response m_j depends on
 slot j's key (and gate) only. So the values with which given slots come nearest to a wanted function, on the
@@ -7,7 +7,7 @@ activations of a text, are the solution of a linear system of the rank's size, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from locas.attach import attached, check_fit, first_input
 from locas.bank import ACTIVATIONS, Bank
 from locas.forward import call, device_of, frozen, trained_context
-from locas.sites import find_sites
 
 
 @dataclass(frozen=True)
@@ -71,23 +70,21 @@ def normal_equations(responses: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]
     return responses.T @ responses, responses.T @ wanted
 
 
-def solve(gram: Tensor, right: Tensor, ridge: float, towards: Tensor | None = None) -> Tensor:
-    """The values V [rank, d_model] that minimise ||M V - F||^2 + r ||V - towards||^2.
+def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """The values V [rank, d_model] that minimise ||M V - F||^2 + r ||V||^2.
 
     Args:
         gram: M^T M, [rank, rank] float64.
         right: M^T F, [rank, d_model] float64.
         ridge: r as a share of the mean of gram's diagonal.
-        towards: [rank, d_model]; None: zeros.
     """
-    touched, size = ridged(gram, ridge)
-    return torch.linalg.solve(touched, right if towards is None else right + size * towards)
+    return torch.linalg.solve(ridged(gram, ridge), right)
 
 
-def ridged(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The Gram matrix with a share of its diagonal's mean added on the diagonal, and how much that was."""
+def ridged(gram: Tensor, ridge: float) -> Tensor:
+    """The Gram matrix with a share of its diagonal's mean added on the diagonal, so that it has an inverse."""
     size = ridge * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    return gram + size * torch.eye(gram.shape[0], dtype=gram.dtype), size
+    return gram + size * torch.eye(gram.shape[0], dtype=gram.dtype)
 
 
 @torch.no_grad()
@@ -96,7 +93,6 @@ def sample_activations(
     bank: Bank,
     ids: Tensor,
     *,
-    layers: Iterable[int] | None = None,
     start_id: int | None = None,
 ) -> dict[int, Tensor]:
     """The FFNs' inputs at every token of a text, with the memory attached: {layer: [n, d_model]} on the CPU, in the
@@ -106,11 +102,9 @@ def sample_activations(
         model: the backbone.
         bank: what is attached.
         ids: [n] token ids.
-        layers: where to look; None: the bank's layers.
         start_id: put before every window, where the model expects a start token.
     """
-    check_fit(model, bank)
-    sites = find_sites(model, bank.layers if layers is None else list(layers))
+    sites = check_fit(model, bank)
     found: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     lead = [] if start_id is None else [start_id]
 
