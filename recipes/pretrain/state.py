@@ -102,7 +102,7 @@ def _check_same(saved: dict[str, Any], run: Run) -> None:
         )
     before = run.preset.changed(tokens=saved["settings"]["tokens"])
     if before.tokens != run.preset.tokens:
-        stable = [p.n_steps - round(p.decay * p.n_steps) for p in (before, run.preset)]
+        stable = [p.n_stable for p in (before, run.preset)]
         if saved["step"] > min(stable):
             raise ValueError(
                 f"--tokens cannot change at step {saved['step']}: with {before.tokens} or with {run.preset.tokens} "

@@ -30,6 +30,11 @@ def mean_loss(model: nn.Module, windows: Tensor, autocast: bool) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
+def cut(windows: Tensor, length: int) -> Tensor:
+    """[n * context / length, length + 1] pieces of windows [n, context + 1]: every target once, with less before it."""
+    return windows.unfold(1, length + 1, length).flatten(0, 1)
+
+
 def train(
     run: Run,
     data: Path,
@@ -96,7 +101,7 @@ def _step(run: Run, batches: Batches, loss_of: Callable[[Tensor], Tensor]) -> Te
     windows = batches.take(run.step * preset.batch, preset.batch)
     total = torch.zeros((), device=windows.device)
     for micro in windows.split(preset.micro_batch):
-        loss = loss_of(micro) * (preset.micro_batch / preset.batch)
+        loss = loss_of(cut(micro, preset.context_at(run.step))) * (preset.micro_batch / preset.batch)
         loss.backward()
         total += loss.detach()
     run.optimiser.step(run.step)
@@ -128,15 +133,16 @@ def _validate(
     bytes_a_token: dict[str, float],
     say: Callable[[str], None],
 ) -> None:
-    row: dict[str, Any] = {"step": run.step, "tokens": run.step * run.preset.tokens_a_step}
+    context = run.preset.context_at(run.step - 1)
+    row: dict[str, Any] = {"step": run.step, "tokens": run.step * run.preset.tokens_a_step, "context": context}
     for form, windows in valid.items():
         # With gradients, though none are needed: so the compiled graph is the training step's own.
-        losses = [loss_of(micro).detach() * len(micro) for micro in windows.split(run.preset.micro_batch)]
+        losses = [loss_of(cut(w, context)).detach() * len(w) for w in windows.split(run.preset.micro_batch)]
         loss = torch.stack(losses).sum().item() / len(windows)
         row[form] = {"loss": loss, "bits_per_byte": loss / math.log(2) / bytes_a_token[form]}
     run.history.append(row)
     text = ", ".join(f"{f} loss {row[f]['loss']:.4f} ({row[f]['bits_per_byte']:.4f} bits/byte)" for f in valid)
-    say(f"{run.name} step {run.step} validation: {text}")
+    say(f"{run.name} step {run.step} validation at {context} tokens: {text}")
 
 
 def _bytes_a_token(data: Path) -> dict[str, float]:
@@ -147,7 +153,7 @@ def _bytes_a_token(data: Path) -> dict[str, float]:
 def describe(run: Run, batches: Batches, device: torch.device, compiled: bool) -> str:
     """The run in two lines, said before it starts."""
     n, preset = n_parameters(run.model), run.preset
-    work = flops_a_token(preset, n) * preset.n_steps * preset.tokens_a_step
+    work = sum(flops_a_token(preset, n, preset.context_at(s)) for s in range(preset.n_steps)) * preset.tokens_a_step
     return (
         f"{run.name}, preset {preset.name}: {n / 1e6:.2f}M parameters, {preset.n_steps} steps of "
         f"{preset.tokens_a_step:,} tokens ({preset.n_steps * preset.batch / batches.per_epoch:.2f} epochs), "
@@ -169,7 +175,7 @@ def write_result(run: Run, data: Path, device: torch.device, compiled: bool) -> 
         "seconds": run.seconds,
         "settings": run.preset.as_dict(),
         "compiled": compiled,
-        "flops_a_token": flops_a_token(run.preset, n_parameters(run.model)),
+        "flops_a_token": flops_a_token(run.preset, n_parameters(run.model), run.preset.context),
         "environment": environment(device),
         "data": {
             k: manifest[k] for k in ("seed", "share", "vocab", "dropped", "sources", "tokenizer_sha256", "shards")

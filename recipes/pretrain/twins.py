@@ -94,6 +94,6 @@ def n_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_a_token(preset: Preset, n: int) -> int:
+def flops_a_token(preset: Preset, n: int, context: int) -> int:
     """Of training: 6 a weight (the tied embedding counts once, as the head), and the attention's, half of it masked."""
-    return 6 * n + 6 * preset.n_layers * preset.d_model * preset.context
+    return 6 * n + 6 * preset.n_layers * preset.d_model * context
