@@ -14,6 +14,8 @@ import torch
 import transformers
 
 import locas
+from locas.store import write_atomically
+from pretrain.books import FORMS
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -54,23 +56,35 @@ def commit() -> str | None:
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path, name: str, say: Callable[[str], None] = print) -> bool:
-    """Writes the loss curve as PNG; without matplotlib it says so, and there is none."""
+    """Writes the loss curve as PNG; without the package's extra `plots` it says so, and there is none."""
     try:
-        from matplotlib.figure import Figure
+        import altair
+        import vl_convert
     except ImportError:
-        say("no loss curve: matplotlib is not installed (python -m pip install matplotlib)")
+        say('no loss curve: altair and vl-convert are not installed (python -m pip install -e ".[plots]")')
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    rows = [row for row in history if "loss" in row]
-    axes.plot([r["tokens"] / 1e6 for r in rows], [r["loss"] for r in rows], lw=0.8, label="training")
-    for form in ("wrapped", "reflowed"):
-        rows = [row for row in history if form in row]
-        axes.plot(
-            [r["tokens"] / 1e6 for r in rows], [r[form]["loss"] for r in rows], "o-", ms=3, label=f"validation, {form}"
+    points = [
+        {"million tokens": row["tokens"] / 1e6, "nats a token": loss, "text": text}
+        for row in history
+        for text, loss in _losses(row)
+    ]
+    curve = (
+        altair.Chart(altair.Data(values=points), title=name, width=640, height=360)
+        .mark_line(strokeWidth=1.2)
+        .encode(
+            x=altair.X("million tokens:Q"),
+            y=altair.Y("nats a token:Q", scale=altair.Scale(zero=False)),
+            color=altair.Color("text:N", title=None, sort=["training", *_VALIDATION.values()]),
         )
-    axes.set(xlabel="million tokens", ylabel="nats a token", title=name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    )
+    write_atomically(path, vl_convert.vegalite_to_png(curve.to_json(), scale=2))
     return True
+
+
+_VALIDATION = {form: f"validation, {form}" for form in FORMS}
+
+
+def _losses(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """What a row of the history says about which text."""
+    training = [("training", row["loss"])] if "loss" in row else []
+    return training + [(text, row[form]["loss"]) for form, text in _VALIDATION.items() if form in row]
