@@ -14,17 +14,22 @@ import dialogue
 import forgetting
 from markdown_table import markdown
 
-from locas.cli.bench_tables import SCALING
+import locas
+from locas.backbone import DEFAULT_BACKBONE, built_in
+from locas.evaluate.bench_scaling import GROWTH
+from locas.evaluate.provenance import weights_sha256
 from locas.evaluate.statistics import paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+BACKBONES = ROOT / "src" / "locas" / "backbones"
 Row = dict[str, Any]
 
 
 def main() -> int:
     """Writes the page; says which result files are missing."""
-    parts = ["# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n"]
+    parts = ["# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n", backbones()]
+    carried = {weights_sha256(locas.load_backbone(name, device="cpu").model) for name in built_in()}
     sections = (
         ("books", headline),
         ("dev_books", books),
@@ -42,16 +47,46 @@ def main() -> int:
         paths = sorted(RESULTS.glob(f"{name}*.json"))
         for path in paths:
             report = json.loads(path.read_text())
-            parts.append(section(report) + provenance(path, report))
+            parts.append(section(report) + provenance(path, report, carried))
         if not paths:
             print(f"{RESULTS / name}.json is missing", file=sys.stderr)
     (ROOT / "docs" / "results.md").write_text("\n".join(parts))
     return 0
 
 
-def provenance(path: Path, report: Row) -> str:
+def backbones() -> str:
+    """Bits per byte of development books, read without memory: the built-in backbones and the one before them."""
+    found = {name: json.loads((BACKBONES / name / "evaluation.json").read_text()) for name in built_in()}
+    found["before"] = json.loads((RESULTS / "backbone_before.json").read_text())
+    columns = [(name, form) for name in found for form in ("wrapped", "reflowed")]
+    cells = {(r["book"], n, r["form"]): r["bits_per_byte"] for n, report in found.items() for r in report["books"]}
+    books_ = sorted({book for book, _, _ in cells}, key=lambda book: book.zfill(9))
+    lines = [[book, *(f"{cells[book, *column]:.3f}" for column in columns)] for book in books_]
+    means = {(n, form): bits_ for n, report in found.items() for form, bits_ in report["mean_bits_per_byte"].items()}
+    lines.append(["mean", *(f"{means[column]:.3f}" for column in columns)])
+    first = found[DEFAULT_BACKBONE]
+    part = f"the first {first['max_tokens']:,} tokens of each" if first["max_tokens"] else "whole"
+    sizes = ", ".join(f"{name} {report['window']:,}/{report['chunk']:,}" for name, report in found.items())
+    return (
+        f"## The built-in backbones\nBits per byte of the development books, {part}, read without memory, with the "
+        f"hard wraps of the files and re-flowed. `before` is the stopgap that the package carried first. Window and "
+        f"chunk: {sizes}.\n\n"
+    ) + markdown(["book", *(f"{name}, {form}" for name, form in columns)], lines)
+
+
+def provenance(path: Path, report: Row, carried: set[str]) -> str:
+    """Where a table comes from; and whether its backbone is one that the package carries today."""
+    backbone = report.get("backbone", {})
+    recorded = backbone.get("weights_sha256")
+    if recorded is None and "backbone" in report.get("settings", {}):
+        backbone = {"name": report["settings"]["backbone"]}
+    name = backbone.get("name", "")
+    if name in built_in() and recorded not in carried:
+        name += " as it was before (7M parameters, context of 512: the stopgap)"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"\n`{path.relative_to(ROOT)}`: commit {report['commit'][:12]}, {report['device']}, {versions}.\n"
+    return f"\n`{path.relative_to(ROOT)}`: commit {report['commit'][:12]}, {report['device']}, {versions}" + (
+        f", backbone {name}.\n" if name else ".\n"
+    )
 
 
 def baselines(report: Row) -> dict[tuple[Any, ...], Row]:
@@ -250,7 +285,7 @@ def bench(report: Row) -> str:
             f"Extra time of a generated token, {rows} row{'s' if rows > 1 else ''} with as many memories: "
             f"{100 * figures['extra_time']:+.1f}% (quartiles {100 * low:+.1f}% to {100 * high:+.1f}%).\n"
         )
-    for part, (what, unit) in SCALING.items():
+    for part, (what, unit) in GROWTH.items():
         if part in report:
             rows = [_scaled(name, figures) for name, figures in report[part].items()]
             parts.append(f"Time of {what}:\n\n" + markdown([unit, "time", "quartiles"], rows))

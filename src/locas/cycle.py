@@ -141,14 +141,11 @@ class CycleRun(Run):
         check_cycle(self.memory.bank, settings.cycle)
         _note(self.memory, settings.cycle)
 
-    def _open(self) -> Reader:
-        plain = super()._open()
-        assert plain.bank is not None
-        settings = plain.settings
-        self._reader = CycleReader(
-            plain.model, plain.bank, plain.documents, settings, self.settings.cycle, start_id=plain.start_id
-        )
-        return self._reader
+    def _reader_of(self, bank: Bank, documents: Sequence[Tensor]) -> Reader:
+        return CycleReader(
+            self.backbone.model, bank, documents, self.settings.read, self.settings.cycle,
+            start_id=self.backbone.start_id,
+        )  # fmt: skip
 
 
 def _note(memory: Memory, rank: int) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from locas.backbone import Backbone
+from locas.bank import Bank
 from locas.memory import Memory
 from locas.metrics import Score, brief, figures, sum_scores
 from locas.run_memories import MemoryEach, OneMemory
@@ -154,12 +155,18 @@ class Run:
     def _open(self) -> Reader:
         model, start_id, read = self.backbone.model, self.backbone.start_id, self.settings.read
         documents, bank = [self.texts[i].ids for i in self.group], self.memories.open(self.group)
-        on_failure = self.memories.on_failure
-        self._reader = Reader(model, bank, documents, read, start_id=start_id, on_failure=on_failure)
+        self._reader = self._reader_of(bank, documents)
         if self.settings.compare:
             # Every window recomputed, whatever the memory's reader does: that is what it is compared with.
             self._baseline = Reader(model, None, documents, replace(read, reuse=False), start_id=start_id)
         return self._reader
+
+    def _reader_of(self, bank: Bank, documents: Sequence[Tensor]) -> Reader:
+        """What reads these texts and learns from them."""
+        return Reader(
+            self.backbone.model, bank, documents, self.settings.read,
+            start_id=self.backbone.start_id, on_failure=self.memories.on_failure,
+        )  # fmt: skip
 
     def _next(self, reader: Reader) -> Progress | None:
         """Reads a chunk of every text of the group; None where all of them failed."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from locas.evaluate.bench_scaling import GROWTH
+
 _Titled = tuple[str, Table]
 
 NAMES = {
@@ -15,17 +17,6 @@ NAMES = {
     "locas_reuse": "read + learn, context kept",
     "locas_reuse_upper": "the same, memory in some layers",
     "templora": "TempLoRA as published (PEFT)",
-}
-
-
-# The parts that say how a cost grows: title of the table, and what a row's number counts.
-SCALING = {
-    "memories": ("a generated token in a batch with so many different memories, relative to none", "memories"),
-    "length": ("a chunk that begins at this token, relative to the first (context kept)", "token"),
-    "length_exact": ("the same, window recomputed", "token"),
-    "documents": ("a chunk of so many documents side by side, relative to one", "documents"),
-    "window": ("read + learn with this window, relative to reading only with it", "window"),
-    "rank": ("read + learn at this rank, window recomputed", "rank"),
 }
 
 
@@ -45,7 +36,7 @@ def tables(result: dict[str, Any]) -> list[_Titled]:
         found.append(_methods(result))
     if "generating" in result:
         found.append(_generating(result["generating"]))
-    return found + [_scaling(part, result[part]) for part in SCALING if part in result]
+    return found + [_scaling(part, result[part]) for part in GROWTH if part in result]
 
 
 def _methods(result: dict[str, Any]) -> _Titled:
@@ -72,7 +63,7 @@ def _generating(result: dict[str, Any]) -> _Titled:
 
 
 def _scaling(part: str, figures: dict[str, Any]) -> _Titled:
-    title, unit = SCALING[part]
+    title, unit = GROWTH[part]
     table = _table(unit, "time", "quartiles", *(["throughput"] if part == "documents" else []))
     for name, its in figures.items():
         low, high = its["quartiles"]
@@ -90,4 +81,4 @@ def _table(*columns: str) -> Table:
     return table
 
 
-__all__ = ["NAMES", "SCALING", "heading", "tables"]
+__all__ = ["NAMES", "heading", "tables"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from locas.evaluate.bench_scaling import GROWTH
 from locas.evaluate.charts import altair
 
 _LABELS = {
@@ -15,22 +16,13 @@ _LABELS = {
     "locas_reuse_upper": "Locas, context kept, upper layers",
     "templora": "TempLoRA",
 }
-# Part of the result: title of its panel, title of the axis below.
-_GROWTH = {
-    "memories": ("a generated token, no memory = 1", "rows, each with a memory of its own"),
-    "length": ("a chunk far into a document (context kept), first = 1", "token that it begins at"),
-    "length_exact": ("the same, window recomputed", "token that it begins at"),
-    "documents": ("documents side by side, throughput, one = 1", "documents"),
-    "window": ("read + learn, read only with the same window = 1", "tokens of the window"),
-    "rank": ("read + learn, read only = 1", "rank"),
-}
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Writes the picture. Raises ModuleNotFoundError, saying how to install it, without the plotting library."""
     alt = altair()
     timed = [run for run in runs if "relative_time" in run]
-    growth = [panel for part in _GROWTH if (panel := _growth(alt, runs, part)) is not None]
+    growth = [panel for part in GROWTH if (panel := _growth(alt, runs, part)) is not None]
     panels = ([_methods(alt, timed)] if timed else []) + ([alt.concat(*growth, columns=2)] if growth else [])
     if not panels:
         return
@@ -93,7 +85,9 @@ def _growth(alt: Any, runs: list[dict[str, Any]], part: str) -> Any:
             row | {"y": row["n"] / row["y"], "low": row["n"] / row["high"], "high": row["n"] / row["low"]}
             for row in rows
         ]
-    title, axis = _GROWTH[part]
+    title, axis = GROWTH[part]
+    if part == "documents":
+        title = f"throughput of {title}"
     ticks = sorted({row["n"] for row in rows})
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("n:Q", title=axis, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(values=ticks, format="~s")),

@@ -29,6 +29,15 @@ from locas.evaluate.bench import (
 from locas.forward import device_of, frozen
 from locas.stream import Reader, ReadSettings
 
+# Key of a result: what was timed relative to what, and what the rows' numbers count.
+GROWTH = {
+    "memories": ("a generated token, each row with a memory of its own, relative to none", "memories"),
+    "length": ("a chunk far into a text, context kept, relative to the first", "token that it begins at"),
+    "length_exact": ("a chunk far into a text, window recomputed, relative to the first", "token that it begins at"),
+    "documents": ("documents side by side, relative to one", "documents"),
+    "window": ("read + learn with this window, relative to reading only with it", "tokens of the window"),
+    "rank": ("read + learn at this rank, relative to reading only", "rank"),
+}
 _PROMPT_TOKENS = 33
 
 OnRound = Callable[[], None]
@@ -149,4 +158,4 @@ def _read(backbone: Backbone, settings: BenchSettings) -> ReadSettings:
     return replace(settings.read, start_in_every_window=backbone.start_in_every_window)
 
 
-__all__ = ["over_documents", "over_lengths", "over_memories", "over_ranks", "over_windows"]
+__all__ = ["GROWTH", "over_documents", "over_lengths", "over_memories", "over_ranks", "over_windows"]
