@@ -89,7 +89,14 @@ def grids() -> dict[str, list[Entry]]:
             Entry("upper half", layers=(3, 4, 5)),
             Entry("upper half, context kept", read=READ(reuse=True), layers=(3, 4, 5)),
         ],
-        "chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (64, 128, 256)],
+        "window": [
+            Entry(f"window {w}, chunk {c}", read=READ(window=w, chunk=c))
+            for w, c in ((512, 256), (1024, 512), (2048, 256), (2048, 512), (2048, 1024))
+        ],
+        "long chunk": [
+            Entry(f"row step {lr:g}, boost {boost:g}, {steps} a chunk", read=_schedule(lr, boost, steps))
+            for lr, boost, steps in ((0.1, 4, 1), (0.2, 4, 1), (0.1, 8, 1), (0.2, 2, 1), (0.1, 4, 2))
+        ],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
         "start": [Entry("start token in every window", read=READ(start_in_every_window=True))],
         "init": [
@@ -129,7 +136,7 @@ def ablations() -> dict[str, list[Entry]]:
         "ablate-rank": [Entry(f"rank {r}", INIT(rank=r)) for r in (2, 4, 8, 16, 32, 64, 128)],
         "ablate-lr": [Entry(f"row step {lr:g}", read=_muon(lr)) for lr in (0.025, 0.05, 0.1, 0.2, 0.4)],
         "ablate-rule": [Entry(f"adamw {lr:g}", read=_adamw(lr)) for lr in (2e-3, 4e-3, 8e-3)],
-        "ablate-chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (32, 64, 128, 256)],
+        "ablate-chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (128, 256, 512, 1024)],
         "ablate-steps": [Entry(f"{n} steps a chunk", read=READ(steps=n)) for n in (1, 2, 3)],
         "ablate-layers": [
             Entry(f"layers {name}", layers=layers)
@@ -146,7 +153,7 @@ def ablations() -> dict[str, list[Entry]]:
             Entry("paper, clipping off", INIT(tau_scale=1.0), READ(write=replace(PAPER, clip=False))),
         ],
         "ablate-tau": [Entry(f"tau: {name}", INIT(tau_scale=scale)) for name, scale in scales],
-        "ablate-window": [Entry(f"window {w}", read=READ(window=w, chunk=w // 2)) for w in (64, 128, 256, 512)],
+        "ablate-window": [Entry(f"window {w}", read=READ(window=w, chunk=w // 2)) for w in (256, 512, 1024, 2048)],
     }
 
 
@@ -166,6 +173,10 @@ def _adamw(lr: float) -> locas.ReadSettings:
 
 def _muon(lr: float) -> locas.ReadSettings:
     return READ(write=WRITE(lr=lr))
+
+
+def _schedule(lr: float, boost: float, steps: int) -> locas.ReadSettings:
+    return READ(steps=steps, write=WRITE(lr=lr, boost=boost))
 
 
 def _constant(lr: float) -> locas.ReadSettings:

@@ -84,7 +84,10 @@ def _draw(backbone: Backbone, ids: list[int], seed: int) -> list[int]:
 def evaluate(
     model: Path, folder: Path, *, device: str, max_tokens: int | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Scores every book in both forms, draws samples, writes evaluation.json, README.md and SHA256SUMS."""
+    """Scores every book in both forms, draws samples, writes evaluation.json.
+
+    For what this recipe trained also README.md and SHA256SUMS; any other causal model can be evaluated beside it.
+    """
     backbone = locas.load_backbone(str(model), device=device)
     began = time.perf_counter()
     rows = []
@@ -108,7 +111,8 @@ def evaluate(
         "samples": samples(backbone),
     }
     write_atomically(model / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False).encode())
-    write_card(model)
+    if (model / "training.json").exists():
+        write_card(model)
     return result
 
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from locas.attach import attached
 from locas.bank import Bank
-from locas.forward import call, device_of, frozen, trained_context
+from locas.forward import call, device_of, frozen, in_windows
 from locas.write import Writer, WriteSettings
 
-_WINDOW_TOKENS = 512  # where the backbone's context is not shorter
+_WINDOW_TOKENS = 512  # each a step
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def fit_composed(
             raise ValueError(f"text {number} has {text.numel()} tokens to fit to; give 4 or more, better thousands")
     if bool((bank.frozen[0] == torch.tensor(list(bank.ranks.values()))).all()):
         raise ValueError("every slot of these memories is frozen: there is nothing to fit; thaw one (locas.grow.thaw)")
-    work = [_windows(model, text, start_id) for text in texts]
+    work = [in_windows(model, text, start_id, _WINDOW_TOKENS) for text in texts]
     before = _divergences(model, bank, parts, work)
     _distil(model, bank, parts, work, settings)
     after = _divergences(model, bank, parts, work)
@@ -104,13 +104,6 @@ def fit_composed(
         for i, text in enumerate(texts)
     ]
     return asdict(settings) | {"texts": about}
-
-
-def _windows(model: nn.Module, text: Tensor, start_id: int | None) -> list[Tensor]:
-    """A text in windows, each with the start token before it."""
-    lead = text.new_tensor([] if start_id is None else [start_id])
-    size = min(trained_context(model) or _WINDOW_TOKENS, _WINDOW_TOKENS) - len(lead)
-    return [torch.cat([lead, text[first : first + size]]) for first in range(0, text.numel(), size)]
 
 
 def _distil(

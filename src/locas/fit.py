@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from locas.attach import attached, check_fit, first_input
 from locas.bank import ACTIVATIONS, Bank
-from locas.forward import call, device_of, frozen, trained_context
+from locas.forward import call, device_of, frozen, in_windows
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,20 @@ def sample_activations(
     """
     sites = check_fit(model, bank)
     found: dict[int, list[Tensor]] = {layer: [] for layer in sites}
-    lead = [] if start_id is None else [start_id]
+    lead = int(start_id is not None)
 
     def keep(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[layer].append(first_input(args, kwargs).detach().reshape(-1, bank.d_model)[len(lead) :].cpu())
+            found[layer].append(first_input(args, kwargs).detach().reshape(-1, bank.d_model)[lead:].cpu())
 
         return hook
 
-    size = (trained_context(model) or 2048) - len(lead)
     ids = ids.to(device_of(model), torch.int64)
     with frozen(model), attached(model, bank):
         handles = [s.entry.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, s in sites.items()]
         try:
-            for first in range(0, ids.numel(), size):
-                call(model, torch.cat([ids.new_tensor(lead), ids[first : first + size]])[None])
+            for window in in_windows(model, ids, start_id):
+                call(model, window[None])
         finally:
             for handle in handles:
                 handle.remove()

@@ -129,6 +129,20 @@ def trained_context(model: nn.Module) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def in_windows(model: nn.Module, ids: Tensor, start_id: int | None, tokens: int = 2048) -> list[Tensor]:
+    """A text in windows that lie side by side, each with the start token before it.
+
+    Args:
+        model: a window is never longer than the context that it was trained for.
+        ids: [n] int64.
+        start_id: None: no start token.
+        tokens: of a window, start token included.
+    """
+    lead = ids.new_tensor([] if start_id is None else [start_id])
+    size = max(1, min(trained_context(model) or tokens, tokens) - len(lead))
+    return [torch.cat([lead, part]) for part in ids.split(size)]
+
+
 def input_embedding(model: Any) -> nn.Module:
     """The module that token ids go into."""
     embedding = model.get_input_embeddings()
@@ -156,6 +170,7 @@ __all__ = [
     "device_of",
     "find_head",
     "frozen",
+    "in_windows",
     "input_embedding",
     "read_prefix",
     "token_nll",
