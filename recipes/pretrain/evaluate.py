@@ -17,7 +17,7 @@ from locas.backbone import Backbone
 from locas.store import write_atomically
 from locas.text import decode, one_paragraph_a_line, reflow, strip_gutenberg
 from pretrain.books import FORMS
-from pretrain.report import environment
+from pretrain.report import draw_curve, environment
 
 WINDOW, CHUNK = 2048, 1024
 PROMPTS = ("", "It was a dark night, and", "“I do not know,” said")  # no space at the end: words begin with theirs
@@ -117,16 +117,17 @@ def evaluate(
 
 
 def write_card(model: Path) -> None:
-    """The model card, every number of it from training.json, evaluation.json and config.json; then the checksums."""
+    """The model card and loss curve, all from training.json, evaluation.json and config.json; then the checksums."""
     training, evaluation, config = (
         json.loads((model / f"{name}.json").read_text()) for name in ("training", "evaluation", "config")
     )
-    write_atomically(model / "README.md", _card(training, evaluation, config).encode())
+    has_curve = draw_curve(training["history"], model / "curve.png", training["name"])
+    write_atomically(model / "README.md", _card(training, evaluation, config, has_curve).encode())
     sums = [f"{_sha256(p)}  {p.name}\n" for p in sorted(model.iterdir()) if p.is_file() and p.name != "SHA256SUMS"]
     write_atomically(model / "SHA256SUMS", "".join(sums).encode())
 
 
-def _card(training: dict[str, Any], evaluation: dict[str, Any], config: dict[str, Any]) -> str:
+def _card(training: dict[str, Any], evaluation: dict[str, Any], config: dict[str, Any], has_curve: bool) -> str:
     settings, where, data = training["settings"], training["environment"], training["data"]
     ffn = "gated FFN" if config["model_type"] == "qwen3" else "two-layer FFN"
     train = sum(shard["tokens"] for shard in data["shards"] if shard["split"] == "train")
@@ -139,6 +140,7 @@ def _card(training: dict[str, Any], evaluation: dict[str, Any], config: dict[str
     valid = next((row for row in reversed(training["history"]) if FORMS[0] in row), None)
     validation = ", ".join(f"{form} {valid[form]['bits_per_byte']:.3f}" for form in FORMS) if valid else "not measured"
     part = f" (the first {evaluation['max_tokens']:,} tokens of each)" if evaluation["max_tokens"] else ""
+    curve = "![Loss while training](curve.png)\n" if has_curve else ""
     drawn = "\n\n".join(
         f"Seed {s['seed']}, prompt `{s['prompt'] or '(none)'}`:\n\n" + _quoted(s["text"]) for s in evaluation["samples"]
     )
@@ -166,6 +168,7 @@ scored at a time, {evaluation["dtype"]}.
 
 Validation during training, bits per byte: {validation}.
 
+{curve}
 ## Samples
 
 The first ones drawn, temperature {evaluation["temperature"]:g}:

@@ -23,7 +23,7 @@ _FORMAT = "locas pieces 1"
 
 
 def export(run: Path, data: Path, out: Path) -> int:
-    """Writes a run's weights, rounded to bfloat16, with configuration, tokenizer, result and curve.
+    """Writes a run's weights, rounded to bfloat16, with configuration, tokenizer and result.
 
     Returns:
         The bytes of the weights.
@@ -36,8 +36,6 @@ def export(run: Path, data: Path, out: Path) -> int:
     for path in sorted((data / "tokenizer").iterdir()):
         shutil.copyfile(path, out / path.name)
     write_atomically(out / "training.json", (run / RESULT).read_bytes())
-    if (run / "curve.png").exists():
-        shutil.copyfile(run / "curve.png", out / "curve.png")
     return (out / "model.safetensors").stat().st_size
 
 

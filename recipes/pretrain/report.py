@@ -77,7 +77,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path, name: str, say: Callab
             color=altair.Color("text:N", title=None, sort=["training", *_VALIDATION.values()]),
         )
     )
-    write_atomically(path, vl_convert.vegalite_to_png(curve.to_json(), scale=2))
+    write_atomically(path, vl_convert.vegalite_to_png(curve.to_json(), scale=1.5))
     return True
 
 

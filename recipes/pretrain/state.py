@@ -31,7 +31,7 @@ class Run:
     Attributes:
         name: the twin's.
         preset: its settings.
-        folder: where checkpoint, result and curve go.
+        folder: where checkpoint and result go.
         model: float32 weights.
         optimiser: of these weights.
         step: steps made.

@@ -18,7 +18,7 @@ from pretrain.batches import Batches, spread
 from pretrain.books import FORMS
 from pretrain.optimiser import learning_rate
 from pretrain.prepare import load_manifest, load_split
-from pretrain.report import draw_curve, environment
+from pretrain.report import environment
 from pretrain.state import CHECKPOINT, RESULT, Run
 from pretrain.twins import flops_a_token, n_parameters
 
@@ -81,7 +81,6 @@ def train(
     run.save()
     done = run.step >= run.preset.n_steps
     write_result(run, data, device, compiled)
-    draw_curve(run.history, run.folder / "curve.png", run.name, say)
     say(f"{'finished' if done else 'stopped'} at step {run.step} of {run.preset.n_steps}; {run.folder / CHECKPOINT}")
     return done
 

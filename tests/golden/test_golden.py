@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,21 +22,24 @@ ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).with_name("losses.json")
 READ = {"window": 256, "chunk": 128}
 TOKENS = 1_500
-# Name: (initialisation, reading, layers).
-CASES: dict[str, tuple[locas.InitSettings, locas.ReadSettings, list[int] | None]] = {
-    "default": (locas.InitSettings(), locas.ReadSettings(**READ), None),
-    "paper": (PRESETS["paper"].init, locas.ReadSettings(**READ, write=PRESETS["paper"].read.write), None),
-    "rank 2, upper half": (locas.InitSettings(rank=2), locas.ReadSettings(**READ), [3, 4, 5]),
-    "two steps, gaussian": (locas.InitSettings(rank=16, init="gaussian"), locas.ReadSettings(**READ, steps=2), None),
-    "mlp, step-wise": (locas.InitSettings(variant="mlp"), locas.ReadSettings(**READ), None),
+PLAIN = locas.ReadSettings(**READ)
+# Name: (backbone, initialisation, reading, layers).
+CASES: dict[str, tuple[str, locas.InitSettings, locas.ReadSettings, list[int] | None]] = {
+    "default": ("tiny-glu", locas.InitSettings(), PLAIN, None),
+    "paper": ("tiny-glu", PRESETS["paper"].init, replace(PLAIN, write=PRESETS["paper"].read.write), None),
+    "rank 2, upper half": ("tiny-glu", locas.InitSettings(rank=2), PLAIN, [3, 4, 5]),
+    "two steps, gaussian": ("tiny-glu", locas.InitSettings(rank=16, init="gaussian"), replace(PLAIN, steps=2), None),
+    "mlp, step-wise": ("tiny-mlp", locas.InitSettings(), PLAIN, None),
+    "mlp, top-k": ("tiny-mlp", locas.InitSettings(init="top-k", rank=16), PLAIN, None),
+    "mlp beside a gated FFN": ("tiny-glu", locas.InitSettings(variant="mlp"), PLAIN, None),
 }
 
 
 def losses(case: str) -> list[float]:
     """Mean loss of each chunk, in nats."""
-    backbone = locas.load_backbone(dtype="float64", device="cpu")
+    name, init, settings, layers = CASES[case]
+    backbone = locas.load_backbone(name, dtype="float64", device="cpu")
     ids, _ = backbone.encode((ROOT / "LICENSE").read_text(), TOKENS)
-    init, settings, layers = CASES[case]
     memory = locas.create(backbone.model, ids[: READ["chunk"]], init, layers=layers, start_id=backbone.start_id)
     records = locas.read(backbone.model, memory, ids, settings, start_id=backbone.start_id)
     return [float(record.nll.double().mean()) for record in records]

@@ -75,9 +75,9 @@ def test_the_figures_that_memorize_prints(whole: tuple[Path, dict[str, Any]], ta
     assert 1300 < results["tokens"] < 1700
     assert results["tokens"] == results["baseline"]["tokens"]
     assert results["bytes"] == results["baseline"]["bytes"] == len(tale.read_bytes())
-    assert results["memory_parameters"] == 3 * 8 * 256 * 6
+    assert results["memory_parameters"] == 3 * 8 * 192 * 6
     assert results["baseline"]["memory_parameters"] == 0
-    assert results["backbone_parameters"] == results["baseline"]["backbone_parameters"] == 6_918_144
+    assert results["backbone_parameters"] == results["baseline"]["backbone_parameters"] == 4_230_336
     assert results["nll"] < results["baseline"]["nll"]  # it repeats itself, so a memory helps
     assert results["memory"] == str(output)
     assert [d["name"] for d in results["documents"]] == ["tale.txt"]
@@ -270,7 +270,7 @@ def test_a_second_ctrl_c_breaks_off(tale: Path, tmp_path: Path, main: Main, monk
         (("memorize", "{}/blank.txt", "-o", "{}/m"), "only white space"),
         (("memorize", "{}/damaged.safetensors", "-o", "{}/m"), "is not text"),
         (("memorize", "{}/t.txt", "-o", "{}/m", "--window", "1"), "a window needs at least 2 tokens; got 1"),
-        (("memorize", "{}/t.txt", "-o", "{}/m", "--window", "4096"), "a window of 4096 tokens is longer than the 512"),
+        (("memorize", "{}/t.txt", "-o", "{}/m", "--window", "4096"), "a window of 4096 tokens is longer than the 2048"),
         (
             ("memorize", "{}/t.txt", "-o", "{}/m", "--window", "32", "--chunk", "32"),
             "a chunk of 32 tokens does not fit",

@@ -74,7 +74,7 @@ def test_dialogues_are_read_once_asked_and_compared(locomo: Path, tmp_path: Path
         assert -1 <= method["categories"]["adversarial"]["trap_f1"] <= 0
         reading = method["reading"]
         assert (reading is None) == ("locas" not in name)
-        assert reading is None or reading["parameters"] == 3 * 4 * 256 * 6
+        assert reading is None or reading["parameters"] == 3 * 4 * 192 * 6
     ll = {name: m["answerable"]["gold_ll_per_token"] for name, m in found["methods"].items()}
     assert ll["locas:rank=4"] > ll["none"]  # the names were learnt
     assert ll["bm25"] > ll["none"]
@@ -108,7 +108,7 @@ def test_a_dialogue_evaluation_that_was_stopped_goes_on(locomo: Path, tmp_path: 
         (("--methods", ","), "names no method"),
         (("--methods", "locas:ranks=3"), "has no option 'ranks'"),
         (("--max-conversations", "0"), "--max-conversations must be 1 or more; got 0"),
-        (("--context-tokens", "9000"), "9000 tokens of context are more than the 512"),
+        (("--context-tokens", "9000"), "9000 tokens of context are more than the 2048"),
         (("--turns", "0"), "turns must be 1 or more; got 0"),
     ],
 )
@@ -130,7 +130,7 @@ def test_real_questions_are_answered(tmp_path: Path, capsys: Any) -> None:
     path = SHARED / "locomo" / "dev.json"
     assert run("eval", "dialogue", path, "-o", out, "--methods", "none,context,bm25", *asked) == 0
     found = json.loads(capsys.readouterr().out)["methods"]
-    assert found["context"]["left_out"] == 2  # no conversation fits into 512 tokens
+    assert found["context"]["left_out"] == 2  # no conversation fits into 2,048 tokens
     assert found["none"]["left_out"] == 0
 
 
@@ -177,7 +177,7 @@ def test_the_frontier_is_measured_drawn_and_gone_on_with(books: Path, tmp_path: 
     by = {(p["label"], p["scale"]): p for p in found["points"]}
     assert by["locas r8", 1.0]["gain"] > 0
     assert 0 < by["locas r8", 0.5]["kl"] < by["locas r8", 1.0]["kl"]
-    assert by["locas r8", 1.0]["parameters"] == 3 * 8 * 256 * 6
+    assert by["locas r8", 1.0]["parameters"] == 3 * 8 * 192 * 6
     assert set(found["rows"][0]["unrelated"]) == {"numbers.txt", "letters.txt"}
     assert found["commit"] is None or len(found["commit"]) == 40
     page, picture = out / "forgetting.html", out / "forgetting.png"

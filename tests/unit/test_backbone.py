@@ -1,5 +1,6 @@
 """Loading backbones, and how many bytes of a text its tokens cover."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel
 
 from helpers import same_bytes
 from locas.backbone import DEFAULT_BACKBONE, Backbone, built_in, load_backbone, start_token, tokenizer_hash
-from locas.sites import fingerprint
+from locas.sites import find_sites, fingerprint
 from tokens import tiny_backbone, word_tokenizer
 
 ModelOf = Callable[..., PreTrainedModel]
+BACKBONES = Path(__file__).parents[2] / "src" / "locas" / "backbones"
 FOREIGN = Path(__file__).parents[2].parent / "shared" / "models" / "foreign"
 plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=40)
 relaxed = settings(max_examples=100, deadline=None)
@@ -174,15 +176,50 @@ def test_words_of_a_slow_tokenizer_are_not_mistaken_for_its_state() -> None:
 
 
 def test_the_built_in_backbone(tiny_glu: Backbone) -> None:
-    assert built_in() == [DEFAULT_BACKBONE] == ["tiny-glu"]
-    assert tiny_glu.name == "tiny-glu"
-    assert tiny_glu.n_parameters == 6_918_144
+    assert DEFAULT_BACKBONE == tiny_glu.name == "tiny-glu"
+    assert tiny_glu.n_parameters == 4_230_336
     assert not tiny_glu.model.training
     assert tiny_glu.start_id == tiny_glu.tokenizer.bos_token_id == 0
     assert not tiny_glu.start_in_every_window
     assert next(tiny_glu.model.parameters()).dtype == torch.float32
-    card = (Path(__file__).parents[2] / "src/locas/backbones/tiny-glu/README.md").read_text()
-    assert "parameters" not in card or "6.9" in card
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_every_file_of_a_built_in_backbone_has_its_checksum(name: str) -> None:
+    folder = BACKBONES / name
+    sums = {file: digest for digest, file in map(str.split, (folder / "SHA256SUMS").read_text().splitlines())}
+    assert {path.name for path in folder.iterdir()} == {*sums, "SHA256SUMS"}
+    for file, digest in sums.items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest, file
+    assert (folder / "model.safetensors").stat().st_size <= 64_000_000
+
+
+def test_the_twins_differ_by_their_ffn() -> None:
+    assert built_in() == ["tiny-glu", "tiny-mlp"]
+    twins = [load_backbone(name, device="cpu") for name in built_in()]
+    assert [twin.model.config.model_type for twin in twins] == ["qwen3", "starcoder2"]
+    assert [find_sites(twin.model)[0].gated for twin in twins] == [True, False]
+    assert twins[0].tokenizer_sha256 == twins[1].tokenizer_sha256
+    assert {twin.model.config.max_position_embeddings for twin in twins} == {2048}
+    small, large = sorted(twin.n_parameters for twin in twins)
+    assert large < 1.01 * small
+    histories = [json.loads((BACKBONES / name / "training.json").read_text()) for name in built_in()]
+    for same in ("tokens", "step", "n_steps", "settings", "data"):
+        assert histories[0][same] == histories[1][same]
+    assert histories[0]["step"] == histories[0]["n_steps"]  # trained to the end
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_model_card_tells_of_its_weights(name: str) -> None:
+    evaluation = json.loads((BACKBONES / name / "evaluation.json").read_text())
+    assert (
+        evaluation["model_sha256"] == hashlib.sha256((BACKBONES / name / "model.safetensors").read_bytes()).hexdigest()
+    )
+    card = (BACKBONES / name / "README.md").read_text()
+    assert f"{load_backbone(name, device='cpu').n_parameters / 1e6:.2f}M parameters" in card
+    for mean in evaluation["mean_bits_per_byte"].values():
+        assert f"{mean:.3f}" in card
+    assert [sample["seed"] for sample in evaluation["samples"]] == [0, 1, 2]  # the first ones drawn
 
 
 def test_precisions_of_one_checkpoint_have_one_fingerprint(tiny_glu: Backbone) -> None:
@@ -252,7 +289,7 @@ def test_broken_folders(how: Callable[[Path], object], folder: Path) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"could not be loaded: .*built-in backbones: tiny-glu"):
+    with pytest.raises(ValueError, match=r"could not be loaded: .*built-in backbones: tiny-glu, tiny-mlp"):
         load_backbone(str(tmp_path / "nowhere"))
 
 
@@ -265,7 +302,7 @@ def test_a_hub_name_without_a_network(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("socket.socket.connect", no_network)
     began = time.monotonic()
     if name:
-        with pytest.raises(ValueError, match=r"could not be loaded: \S.*built-in backbones: tiny-glu"):
+        with pytest.raises(ValueError, match=r"could not be loaded: \S.*built-in backbones: tiny-glu, tiny-mlp"):
             load_backbone(name)
     else:
         assert load_backbone(name, device="cpu").name == "tiny-glu"

@@ -145,7 +145,7 @@ def test_tables_and_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [*result["memories"]] == ["1", "4", "16"]
     its = result["documents"]["16"]
     assert its["throughput"] == pytest.approx(16 / its["ratio"])
-    assert result["peak_bytes"]["locas_exact"] > result["peak_bytes"]["truncation"] > 4 * 6_918_144
+    assert result["peak_bytes"]["locas_exact"] > result["peak_bytes"]["truncation"] > 4 * 4_230_336
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -182,7 +182,7 @@ def test_several_backbones_and_a_profile(
         (["--device", "cpu,tpu"], "no TPU device here"),
         (["--device", "cuda:99"], "no CUDA:99 device here"),
         (["--profile", "lora"], "choose from truncation, locas_exact"),
-        (["--window", "9999"], "use 512 or less"),
+        (["--window", "9999"], "use 2048 or less"),
     ],
 )
 def test_wrong_input(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,8 +139,8 @@ def test_a_question_that_has_no_room_is_refused(backbone: Backbone) -> None:
     talk = conversation()
     with pytest.raises(ValueError, match="40 tokens of context have no room for an answer of 39 and a question"):
         ask(backbone, talk, "none", DialogueSettings(context_tokens=40, max_new_tokens=39))
-    with pytest.raises(ValueError, match="600 tokens of context are more than the 512"):
-        ask(backbone, talk, "none", DialogueSettings(context_tokens=600))
+    with pytest.raises(ValueError, match="2500 tokens of context are more than the 2048"):
+        ask(backbone, talk, "none", DialogueSettings(context_tokens=2500))
 
 
 def test_other_answers_are_of_the_category_differ_and_depend_on_the_question_alone() -> None:
