@@ -95,7 +95,16 @@ def grids() -> dict[str, list[Entry]]:
         ],
         "long chunk": [
             Entry(f"row step {lr:g}, boost {boost:g}, {steps} a chunk", read=_schedule(lr, boost, steps))
-            for lr, boost, steps in ((0.1, 4, 1), (0.2, 4, 1), (0.1, 8, 1), (0.2, 2, 1), (0.1, 4, 2))
+            for lr, boost, steps in (
+                (0.1, 4, 1),
+                (0.2, 4, 1),
+                (0.1, 8, 1),
+                (0.2, 2, 1),
+                (0.1, 4, 2),
+                (0.1, 2, 1),
+                (0.05, 4, 1),
+                (0.07, 4, 1),
+            )
         ],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
         "start": [Entry("start token in every window", read=READ(start_in_every_window=True))],
