@@ -103,7 +103,8 @@ def grids() -> dict[str, list[Entry]]:
                 (0.1, 4, 2),
                 (0.1, 2, 1),
                 (0.05, 4, 1),
-                (0.07, 4, 1),
+                (0.1, 1.4, 1),
+                (0.1, 1, 1),
             )
         ],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
