@@ -48,7 +48,7 @@ class WriteSettings:
 
     rule: Rule = "muon"
     lr: float = 0.1
-    boost: float = 4.0
+    boost: float = 2.0
     floor: float = 0.25
     momentum: float = 0.7
     beta1: float = 0.9
