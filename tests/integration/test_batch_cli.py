@@ -112,6 +112,6 @@ def test_a_table_for_people(texts: list[Path], tmp_path: Path, capsys: pytest.Ca
     given = ["memorize", *map(str, texts[1:]), "-o", str(tmp_path / "m"), "--batch", "7", *SIZES, "--max-tokens", "90"]
     assert main(given) == 0
     shown = capsys.readouterr().out
-    assert "2 memories of 36,864 parameters, 180 tokens in" in shown
+    assert "2 memories of 27,648 parameters, 180 tokens in" in shown
     for name in ("b", "c"):
         assert f"{name}.safetensors" in "".join(shown.split())

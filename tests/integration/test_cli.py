@@ -307,7 +307,7 @@ def test_a_second_ctrl_c_breaks_off(tale: Path, tmp_path: Path, main: Main, monk
         (("info", "{}/damaged.safetensors"), "damaged"),
         (("generate", " "), "the prompt is empty"),
         (("generate", "Call me", "--max-new-tokens", "0"), "--max-new-tokens must be 1 or more"),
-        (("generate", "Call me", "--max-new-tokens", "600"), "leaves no room for the prompt"),
+        (("generate", "Call me", "--max-new-tokens", "2100"), "leaves no room for the prompt"),
         (("generate", "Call me", "--top-p", "0"), "--top-p in"),
         (("generate", "Call me", "--memory", "{}/other.safetensors"), "with the backbone 'another'"),
         (("chat", "--learn"), "--learn needs a file to write into: add --memory FILE"),

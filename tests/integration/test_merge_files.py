@@ -189,7 +189,7 @@ def test_built_in_backbone_from_text_to_checkpoint_and_back(tmp_path: Path, caps
     assert main(read) == 0
     assert main(["merge", str(memory), "-o", str(merged), "--dtype", "float32", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["width"]["original"], result["width"]["merged"]) == (704, 768)
+    assert (result["width"]["original"], result["width"]["merged"]) == (512, 768)
     backbone, alone = locas.load_backbone(), locas.load_backbone(str(merged))
     ids, _ = backbone.encode(book, 200)
     with torch.no_grad():
