@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import locas
+from locas.evaluate.charts import altair
 from locas.store import write_atomically
 from pretrain.books import FORMS
 
@@ -58,23 +59,24 @@ def commit() -> str | None:
 def draw_curve(history: list[dict[str, Any]], path: Path, name: str, say: Callable[[str], None] = print) -> bool:
     """Writes the loss curve as PNG; without the package's extra `plots` it says so, and there is none."""
     try:
-        import altair
-        import vl_convert
-    except ImportError:
-        say('no loss curve: altair and vl-convert are not installed (python -m pip install -e ".[plots]")')
+        alt = altair()
+    except ModuleNotFoundError as error:
+        say(f"no loss curve: {error}")
         return False
+    import vl_convert
+
     points = [
         {"million tokens": row["tokens"] / 1e6, "nats a token": loss, "text": text}
         for row in history
         for text, loss in _losses(row)
     ]
     curve = (
-        altair.Chart(altair.Data(values=points), title=name, width=640, height=360)
+        alt.Chart(alt.Data(values=points), title=name, width=640, height=360)
         .mark_line(strokeWidth=1.2)
         .encode(
-            x=altair.X("million tokens:Q"),
-            y=altair.Y("nats a token:Q", scale=altair.Scale(zero=False)),
-            color=altair.Color("text:N", title=None, sort=["training", *_VALIDATION.values()]),
+            x=alt.X("million tokens:Q"),
+            y=alt.Y("nats a token:Q", scale=alt.Scale(zero=False)),
+            color=alt.Color("text:N", title=None, sort=["training", *_VALIDATION.values()]),
         )
     )
     write_atomically(path, vl_convert.vegalite_to_png(curve.to_json(), scale=1.5))
