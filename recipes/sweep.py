@@ -107,6 +107,10 @@ def grids() -> dict[str, list[Entry]]:
                 (0.1, 1, 1),
             )
         ],
+        "floor": [
+            Entry(f"boost 2, floor {floor:g}", read=READ(write=WRITE(boost=2.0, floor=floor)))
+            for floor in (0.25, 0.125, 0.5)
+        ],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
         "start": [Entry("start token in every window", read=READ(start_in_every_window=True))],
         "init": [

@@ -33,7 +33,7 @@ BOOKS = "5962,26239"  # prose in the form that the built-in backbone knows
 def grid() -> Iterator[str]:
     """Every setting that is tried."""
     yield REFERENCE
-    yield from (f"templora-tuned:lr={lr:g}" for lr in (5e-4, 1e-3, 2e-3, 4e-3))
+    yield from (f"templora-tuned:lr={lr:g}" for lr in (1e-3, 2e-3, 4e-3, 8e-3))
     for steps in (1, 2):
         yield from (f"lora-pissa:lr={lr:g}:steps={steps}" for lr in (3e-4, 1e-3, 3e-3))
         yield from (f"lora-eva:lr={lr:g}:steps={steps}" for lr in (1e-3, 2e-3, 4e-3))
