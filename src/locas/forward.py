@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from locas.attention import ChunkAttention
 from locas.head import IGNORED, head_nll, token_nll
-from locas.lean import one_mask, recomputed
+from locas.lean import recomputed
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def chunk_nll(
     Returns:
         [batch, seq] float32 or better; 0 where the target is `IGNORED`.
     """
-    with one_mask(model), recomputed() if torch.is_grad_enabled() else nullcontext():
+    with ChunkAttention(), recomputed() if torch.is_grad_enabled() else nullcontext():
         output = call(model if head is None else decoder(model), inputs, **prefix)
     return token_nll(output.logits, targets) if head is None else head_nll(output.last_hidden_state, head, targets)
 

@@ -1,24 +1,20 @@
 """Less memory for a chunk's backward pass, with the same numbers to the last bit.
 
-Most of what learning needs beyond reading is what autograd keeps of the frozen backbone. Two parts of it need not be:
-
-* torch turns a boolean attention mask into numbers in every layer, and keeps each: here that is done once (`one_mask`).
-* a gated FFN keeps act(gate) beside the gate that it is made of: here it is made again (`recomputed`), which takes
-  about a five-hundredth of a chunk's time.
+Most of what learning needs beyond reading is what autograd keeps of the frozen backbone. A gated FFN keeps act(gate)
+beside the gate that it is made of: here it is made again, which takes about a five-hundredth of a chunk's time. (The
+attention mask is the other thing that need not be kept in every layer: see `locas.attention`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from locas.sites import decoder_of
+from torch import Tensor
 
 _Packed = Tensor | tuple[Callable[[Tensor], Tensor], Tensor]
 
@@ -52,35 +48,4 @@ def _unpack(packed: _Packed) -> Tensor:
         return function(of)
 
 
-@contextmanager
-def one_mask(model: nn.Module) -> Iterator[None]:
-    """Calls of the model inside: a boolean attention mask becomes 0 and -inf once, not once a layer, just as torch's
-    own attention would do it. Backbones with an attention of another kind, or of no family that locas knows, are called
-    as they are."""
-    made: list[tuple[Tensor, Tensor]] = []  # a backbone may have several masks, for long and for short attention
-
-    def replace(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        mask, hidden = kwargs.get("attention_mask"), args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not isinstance(hidden, Tensor):
-            return None
-        if any(p.is_floating_point() and p.dtype != hidden.dtype for p in layer.parameters()):
-            return None  # the queries' dtype, which counts, is anybody's guess
-        numbers = next((numbers for known, numbers in made if known is mask), None)
-        if numbers is None:
-            numbers = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-            made.append((mask, numbers))
-        return args, kwargs | {"attention_mask": numbers}
-
-    plain = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
-    layers: Iterable[nn.Module] = ()
-    with suppress(ValueError):  # without a memory, a model of any family can be read
-        layers = decoder_of(model) if plain else ()
-    handles = [layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-__all__ = ["one_mask", "recomputed"]
+__all__ = ["recomputed"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from families import FAMILY_NAMES, tiny_model
 from helpers import memory_for, same_bytes, text
-from locas import forward, lean, sites
+from locas import forward, lean
 from locas.attach import attached
 from locas.bank import Bank
 from locas.evaluate.memory_use import peak_bytes
@@ -45,7 +44,7 @@ def wasteful(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Turns both savings off."""
 
     def off() -> None:
-        monkeypatch.setattr(forward, "one_mask", lambda model: nullcontext())
+        monkeypatch.setattr(forward, "ChunkAttention", nullcontext)
         monkeypatch.setattr(forward, "recomputed", nullcontext)
 
     return off
@@ -112,13 +111,6 @@ def test_a_graph_without_a_backward_pass_is_given_back(model_of: ModelOf) -> Non
     assert sum(type(each) is Tensor for each in gc.get_objects()) == before
 
 
-def test_a_model_of_no_known_family_is_read_as_it_is(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = model_of("qwen3"), text(CHUNK + 1)[None]
-    expected = chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None)
-    monkeypatch.setattr(sites, "FAMILIES", [])
-    assert same_bytes(chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None), expected)
-
-
 def test_gradients_agree_with_finite_differences() -> None:
     def product(gate: Tensor, up: Tensor) -> Tensor:
         with lean.recomputed():
@@ -127,48 +119,3 @@ def test_gradients_agree_with_finite_differences() -> None:
     g = torch.Generator().manual_seed(1)
     gate, up = (torch.randn(3, 5, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
     assert torch.autograd.gradcheck(product, (gate, up))
-
-
-def masks_of(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> list[Tensor]:
-    """The attention mask that each layer is called with, under `one_mask`."""
-    seen: list[Tensor] = []
-    past = read_prefix(model, ids[:, :PREFIX])
-
-    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["attention_mask"])
-
-    with torch.no_grad(), lean.one_mask(model):
-        handles = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]  # type: ignore[union-attr]
-        try:
-            model(ids[:, PREFIX:], **past)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return seen
-
-
-def test_a_mask_becomes_numbers_once_and_hooks_go(model_of: ModelOf) -> None:
-    model: Any = model_of("qwen3")
-    masks = masks_of(model, model.model.layers, text(PREFIX + CHUNK)[None])
-    assert all(mask is masks[0] for mask in masks)
-    rows = torch.arange(CHUNK)[:, None] + PREFIX
-    seen = torch.arange(PREFIX + CHUNK) <= rows
-    expected = torch.zeros(CHUNK, PREFIX + CHUNK, dtype=torch.float64).masked_fill(~seen, -torch.inf)
-    assert same_bytes(masks[0][0, 0], expected)
-    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
-
-
-def test_layers_of_mixed_precision_keep_their_mask() -> None:
-    """What matters is the queries' dtype, which such a layer does not show."""
-    model: Any = tiny_model("qwen3", dtype=torch.float32)
-    model.model.layers[1].mlp.to(torch.bfloat16)
-
-    def stand_in(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return (args[0].to(torch.bfloat16), *args[1:]), kwargs
-
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(stand_in, with_kwargs=True)
-    back = model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output.float())
-    masks = masks_of(model, model.model.layers, text(PREFIX + CHUNK)[None])
-    handle.remove()
-    back.remove()
-    assert [mask.dtype for mask in masks] == [torch.float32, torch.bool, torch.float32]
