@@ -1,6 +1,7 @@
 """Choose every baseline's learning rate and steps on development books; never on test books.
 
     python recipes/tune_baselines.py ../shared/data/books/dev -o runs/tune --max-tokens 30000
+    python recipes/tune_baselines.py ../shared/data/books/dev -o runs/tune --only locas,templora-tuned  # some of them
     python recipes/tune_baselines.py --table
 
 Each baseline gets the settings with the lowest mean of bits per byte over the books; `recipes/books.py` uses them. What
@@ -77,7 +78,7 @@ def main() -> int:
     """Runs what the arguments ask for."""
     parser = options(__doc__, books=BOOKS, max_tokens=30_000)
     parser.add_argument("-o", "--output", type=Path, help="folder for losses")
-    parser.add_argument("--only", help="only methods whose name begins so")
+    parser.add_argument("--only", help="only methods whose name begins so, with commas between")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "tune_baselines.json")
     args = parser.parse_args()
     if args.table or args.folder is None or args.output is None:
@@ -89,7 +90,7 @@ def main() -> int:
     documents = collect(book_paths(args), gutenberg=True, reflow=True)
     books = [Book.of(document, backbone, args.max_tokens) for document in documents]
     rows: list[dict[str, Any]] = []
-    for method in [m for m in grid() if not args.only or m.startswith(args.only)]:
+    for method in [m for m in grid() if not args.only or m.startswith(tuple(args.only.split(",")))]:
         for book in books:
             rows.append(bits(backbone, book, args.output, method))
             print(f"{rows[-1]['bits_per_byte']:.4f}  {book.name}  {method}", flush=True)
