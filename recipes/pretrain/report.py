@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import locas
-from locas.evaluate.charts import altair
+from locas.evaluate.charts import altair, png
 from locas.store import write_atomically
 from pretrain.books import FORMS
 
@@ -63,8 +63,6 @@ def draw_curve(history: list[dict[str, Any]], path: Path, name: str, say: Callab
     except ModuleNotFoundError as error:
         say(f"no loss curve: {error}")
         return False
-    import vl_convert
-
     points = [
         {"million tokens": row["tokens"] / 1e6, "nats a token": loss, "text": text}
         for row in history
@@ -79,7 +77,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path, name: str, say: Callab
             color=alt.Color("text:N", title=None, sort=["training", *_VALIDATION.values()]),
         )
     )
-    write_atomically(path, vl_convert.vegalite_to_png(curve.to_json(), scale=1.5))
+    write_atomically(path, png(curve, scale=1.5))
     return True
 
 

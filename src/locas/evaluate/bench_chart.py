@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from locas.evaluate.bench_scaling import GROWTH
-from locas.evaluate.charts import altair
+from locas.evaluate.charts import altair, png
+from locas.store import write_atomically
 
 _LABELS = {
     "truncation": "read only",
@@ -28,7 +29,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         return
     devices = ", ".join(dict.fromkeys(run["device"] for run in runs))
     title = alt.Title("What it costs to read and learn", subtitle=[f"{devices}; medians and quartiles"])
-    alt.vconcat(*panels, title=title).resolve_scale(color="independent").save(str(path), scale_factor=2)
+    write_atomically(path, png(alt.vconcat(*panels, title=title).resolve_scale(color="independent")))
 
 
 def _name(run: dict[str, Any]) -> str:
@@ -56,7 +57,11 @@ def _methods(alt: Any, runs: list[dict[str, Any]]) -> Any:
     shade = f"datum.method == 'read only' ? {grey} : datum.method == 'TempLoRA' ? {red} : {blue}"
     colour = alt.Color("shade:N", scale=None, legend=None)
     base = alt.Chart(alt.Data(values=rows)).transform_calculate(shade=shade)
-    bars = base.mark_bar(height=16).encode(y=y, x=alt.X("ratio:Q", title="time, read only = 1"), color=colour)
+    # Room for the number behind the longest bar.
+    scale = alt.Scale(domain=[0, 1.12 * max(row["high"] for row in rows)], nice=False)
+    bars = base.mark_bar(height=16).encode(
+        y=y, x=alt.X("ratio:Q", title="time, read only = 1", scale=scale), color=colour
+    )
     spread = base.mark_rule(strokeWidth=2, color="#222").encode(y=y, x="low:Q", x2="high:Q")
     text = base.mark_text(align="left", dx=8).encode(y=y, x="high:Q", text="text:N")
     panel = (bars + spread + text).properties(width=480, height=26 * len(order))

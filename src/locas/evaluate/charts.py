@@ -149,13 +149,17 @@ def page_spec(chart: Chart) -> dict[str, Any]:
 
 
 def picture(chart: Chart, title: str) -> bytes:
-    """The chart as a PNG, with a title and twice the resolution of a screen."""
+    """The chart as a PNG, in the reports' style and with a title."""
+    heading = altair().TitleParams(title, anchor="start", offset=12)
+    return png(_styled(chart.properties(width=PICTURE_WIDTH, title=heading)))
+
+
+def png(chart: Chart, scale: float = 2) -> bytes:
+    """The chart as it is, as a PNG of `scale` times a screen's resolution."""
     import vl_convert
 
-    alt = altair()
-    styled = _styled(chart.properties(width=PICTURE_WIDTH, title=alt.TitleParams(title, anchor="start", offset=12)))
-    png: bytes = vl_convert.vegalite_to_png(styled.to_json(), scale=2)
-    return png
+    data: bytes = vl_convert.vegalite_to_png(chart.to_json(), scale=scale)
+    return data
 
 
 def _styled(chart: Chart) -> Chart:

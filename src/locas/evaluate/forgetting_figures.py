@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from locas.evaluate.cells import finite
-from locas.evaluate.charts import altair
+from locas.evaluate.charts import altair, png
 from locas.evaluate.statistics import paired_bootstrap
 from locas.store import write_atomically
 
@@ -164,14 +164,12 @@ def draw(points: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: Altair or vl-convert is not installed.
     """
-    import vl_convert
-
     picture = chart(finite(list(points)))
     page = picture.properties(width="container", autosize={"type": "fit-x", "contains": "padding"})
     phone = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     files = {
         folder / "forgetting.html": page.to_html(inline=True).replace("<head>", f"<head>{phone}", 1).encode(),
-        folder / "forgetting.png": vl_convert.vegalite_to_png(picture.properties(width=640).to_json(), scale=2),
+        folder / "forgetting.png": png(picture.properties(width=640)),
     }
     for path, data in files.items():
         write_atomically(path, data)
