@@ -54,7 +54,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     preset = PRESETS[args.preset].changed(
-        tokens=args.tokens, lr=args.lr, batch=args.batch, micro_batch=args.micro_batch, context=args.context,
+        tokens=args.tokens, lr=args.lr, batch=args.batch, micro_batch=args.micro_batch, context=args.context, stable_context=args.stable_context,
         seed=args.seed, log_every=args.log_every, valid_every=args.valid_every,
     )  # fmt: skip
     device = torch.device(args.device)
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--warm-start", type=Path, help="folder of exported weights to go on from without a checkpoint")
     step.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     step.add_argument("--deterministic", action="store_true", help="the same bits again on CUDA; slower")
-    for name in ("tokens", "batch", "micro-batch", "context", "seed", "log-every", "valid-every"):
+    for name in ("tokens", "batch", "micro-batch", "context", "stable-context", "seed", "log-every", "valid-every"):
         step.add_argument(f"--{name}", type=int, help="in place of the preset's")
     step.add_argument("--lr", type=float, help="in place of the preset's")
 

@@ -24,7 +24,7 @@ from pretrain.books import FORMS, STYLES, Book, files, form_of, prepared, read_b
 from pretrain.optimiser import Optimiser, learning_rate
 from pretrain.settings import MODELS, PRESETS, Preset
 from pretrain.state import Run, start
-from pretrain.train import mean_loss, train
+from pretrain.train import cut, mean_loss, train
 from pretrain.twins import build, n_parameters
 
 TINY = Preset(
@@ -246,6 +246,21 @@ def test_schedule_warms_up_stays_and_decays() -> None:
     assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
     assert rates[4:15] == pytest.approx([0.5] * 11)
     assert rates[15:] == pytest.approx([0.5 * k / 6 for k in (5, 4, 3, 2, 1)])
+
+
+def test_sequences_are_cut_until_the_rate_falls_and_no_target_is_lost() -> None:
+    preset = TINY.changed(tokens=TINY.tokens_a_step * 20, context=18, stable_context=6)
+    assert preset.n_stable == preset.n_steps - round(preset.decay * preset.n_steps)
+    assert [preset.context_at(step) for step in (0, preset.n_stable - 1)] == [6, 6]
+    assert [preset.context_at(step) for step in (preset.n_stable, preset.n_steps - 1)] == [18, 18]
+    windows = torch.arange(2 * 19).view(2, 19)
+    pieces = cut(windows, 6)
+    assert pieces.shape == (6, 7)
+    assert torch.equal(pieces[:, 1:].flatten(), windows[:, 1:].flatten())
+    assert torch.equal(pieces[:, :-1] + 1, pieces[:, 1:])
+    assert torch.equal(cut(windows, 18), windows)
+    with pytest.raises(ValueError, match="does not divide context"):
+        TINY.changed(context=18, stable_context=5)
 
 
 def test_a_matrix_moves_by_the_learning_rate_and_norms_do_not_decay() -> None:
