@@ -54,8 +54,8 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     preset = PRESETS[args.preset].changed(
-        tokens=args.tokens, lr=args.lr, batch=args.batch, micro_batch=args.micro_batch, context=args.context, stable_context=args.stable_context,
-        seed=args.seed, log_every=args.log_every, valid_every=args.valid_every,
+        tokens=args.tokens, lr=args.lr, batch=args.batch, micro_batch=args.micro_batch, context=args.context,
+        stable_context=args.stable_context, seed=args.seed, log_every=args.log_every, valid_every=args.valid_every,
     )  # fmt: skip
     device = torch.device(args.device)
     if args.deterministic:
