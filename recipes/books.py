@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from locas.cli import main as locas
+from locas.evaluate.book import Method
+from locas.evaluate.weights import RECIPES
 from locas.store import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +39,15 @@ METHODS = (
 def methods(names: list[str], tuned: Path) -> list[str]:
     """The methods with the options that were chosen for them, e.g. "dynamic:lr=0.0003:steps=2"."""
     chosen = json.loads(tuned.read_text())["chosen"] if tuned.exists() else {}
-    return [chosen.get(name, name) for name in names]
+    return [_short(chosen.get(name, name)) for name in names]
+
+
+def _short(method: str) -> str:
+    """Without the options that the method has anyway, so that results are called the same."""
+    parsed = Method.parse(method)
+    recipe = RECIPES.get(parsed.name)
+    given = {k: v for k, v in parsed.options.items() if getattr(recipe, k, None) != v}
+    return ":".join([parsed.name, *(f"{k}={v}" for k, v in given.items())])
 
 
 def main() -> int:
