@@ -1,19 +1,40 @@
-"""What tests of the reader share: how they read, and records compared."""
+"""What tests of the reader share: how they read, a chunk learnt behind its context, and records compared."""
 
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from helpers import text
+from locas.attach import attached
+from locas.bank import Bank
+from locas.forward import chunk_nll, find_head, frozen, read_prefix
 from locas.stream import ChunkRecord, ReadSettings
 from locas.write import Rule, WriteSettings
 
 # (family, memory): a gated family, one with step-wise slots, one without an FFN module.
 KINDS = ["qwen2", "gpt2", "opt"]
 READ = ReadSettings(window=17, chunk=7, write=WriteSettings(lr=0.1))
+CHUNK, PREFIX = 11, 31  # longer than the sliding windows of the tiny models, so that those have masks of two kinds
 
 
 def reading(rule: Rule = "muon", steps: int = 1, **more: Any) -> ReadSettings:
     return ReadSettings(window=17, chunk=7, steps=steps, write=WriteSettings(rule, lr=0.05), **more)
+
+
+def learn(model: nn.Module, bank: Bank) -> tuple[Tensor, Tensor]:
+    """The losses of a chunk behind a prefix, and the memory's gradient."""
+    ids = torch.stack([text(PREFIX + CHUNK + 1, seed) for seed in (1, 2)])
+    head = find_head(model)
+    with frozen(model), attached(model, bank, [0, 0]):
+        bank.requires_grad_()
+        prefix = read_prefix(model, ids[:, :PREFIX])
+        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head)
+        nll.sum().backward(inputs=bank.leaves())
+        assert bank.grad is not None
+        grad = bank.grad
+        bank.requires_grad_(False)
+    return nll.detach(), grad
 
 
 def same_record(one: ChunkRecord | None, other: ChunkRecord | None, tolerance: float = 0.0) -> None:

@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from families import FAMILY_NAMES, tiny_model
 from helpers import memory_for, same_bytes, text
 from locas import attention
-from locas.attach import attached
 from locas.attention import ChunkAttention, chunk_attention
-from locas.forward import chunk_nll, find_head, frozen, read_prefix
+from locas.forward import read_prefix
+from readings import CHUNK, PREFIX, learn
 
 OWN_ATTENTION = ("bloom", "falcon", "gptj")  # none of torch's, or with numbers of their own in the mask
 ModelOf = Callable[..., PreTrainedModel]
-CHUNK, PREFIX = 11, 31  # longer than the sliding windows of the tiny models, so that those have masks of two kinds
 
 
 def causal(chunk: int, context: int) -> Tensor:
@@ -88,18 +87,6 @@ def test_weights_that_round_to_nothing_and_scores_that_overflow() -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def learn(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses of a chunk behind a prefix, and the memory's gradient."""
-    bank, head = memory_for(model), find_head(model)
-    with frozen(model), attached(model, bank, [0] * len(ids)):
-        bank.requires_grad_()
-        prefix = read_prefix(model, ids[:, :PREFIX])
-        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head)
-        nll.sum().backward(inputs=bank.leaves())
-    assert bank.grad is not None
-    return nll.detach(), bank.grad
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The contexts that `chunk_attention` was called with; small ones are taken too."""
@@ -118,20 +105,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_family_learns_the_same(
     model_of: ModelOf, name: str, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = model_of(name), torch.stack([text(PREFIX + CHUNK + 1, seed) for seed in (1, 2)])
-    nll, grad = learn(model, ids)
+    model = model_of(name)
+    bank = memory_for(model)
+    nll, grad = learn(model, bank)
     assert set(calls) <= {PREFIX}
     takes = name not in OWN_ATTENTION and not getattr(model.config, "sliding_window", None)
     assert len(calls) == model.config.num_hidden_layers or not takes
     monkeypatch.setattr(attention, "_LEAST", 1 << 40)
-    expected_nll, expected_grad = learn(model, ids)
+    expected_nll, expected_grad = learn(model, bank)
     torch.testing.assert_close(nll, expected_nll, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-10)
 
 
 def test_small_ones_are_left_to_torch(model_of: ModelOf, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_LEAST", PREFIX * CHUNK + 1)
-    learn(model_of("qwen3"), text(PREFIX + CHUNK + 1)[None])
+    model = model_of("qwen3")
+    learn(model, memory_for(model))
     assert not calls
 
 

@@ -9,34 +9,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from families import FAMILY_NAMES, tiny_model
 from helpers import memory_for, same_bytes, text
-from locas import forward, lean
+from locas import forward, lean, sites
 from locas.attach import attached
-from locas.bank import Bank
 from locas.evaluate.memory_use import peak_bytes
-from locas.forward import chunk_nll, find_head, frozen, read_prefix
+from locas.forward import chunk_nll, frozen
+from readings import CHUNK, learn
 
 ModelOf = Callable[..., PreTrainedModel]
-CHUNK, PREFIX = 11, 31  # longer than the sliding windows of the tiny models, so that those have masks of two kinds
-
-
-def learn(model: nn.Module, bank: Bank) -> tuple[Tensor, Tensor]:
-    """The losses of a chunk behind a prefix, and the memory's gradient."""
-    ids = torch.stack([text(PREFIX + CHUNK + 1, seed) for seed in (1, 2)])
-    head = find_head(model)
-    with frozen(model), attached(model, bank, [0, 0]):
-        bank.requires_grad_()
-        prefix = read_prefix(model, ids[:, :PREFIX])
-        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head)
-        nll.sum().backward(inputs=bank.leaves())
-        assert bank.grad is not None
-        grad = bank.grad
-        bank.requires_grad_(False)
-    return nll.detach(), grad
 
 
 @pytest.fixture
@@ -109,6 +93,13 @@ def test_a_graph_without_a_backward_pass_is_given_back(model_of: ModelOf) -> Non
         score()
         gc.collect()
     assert sum(type(each) is Tensor for each in gc.get_objects()) == before
+
+
+def test_a_model_of_no_known_family_is_read_as_it_is(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("qwen3"), text(CHUNK + 1)[None]
+    expected = chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None)
+    monkeypatch.setattr(sites, "FAMILIES", [])
+    assert same_bytes(chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None), expected)
 
 
 def test_gradients_agree_with_finite_differences() -> None:
