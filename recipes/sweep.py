@@ -29,11 +29,7 @@ from locas.evaluate.provenance import environment
 from locas.text import collect
 
 INIT, READ, WRITE = locas.InitSettings, locas.ReadSettings, locas.WriteSettings
-CONSTANT = {
-    "boost": 1.0,
-    "floor": 1.0,
-}  # the same step throughout: of the paper, and of grids run before there was a schedule
-PAPER = WRITE(rule="adamw", lr=4e-3, **CONSTANT)
+PAPER = WRITE(rule="adamw", lr=4e-3, floor=1.0)  # the same step throughout
 
 
 @dataclass(frozen=True)
@@ -64,23 +60,19 @@ def grids() -> dict[str, list[Entry]]:
     return {
         "scale": scale,
         "momentum": [
-            Entry(f"momentum {m:g}, lr {lr:g}", INIT(tau_scale=256.0), READ(write=WRITE(momentum=m, lr=lr, **CONSTANT)))
+            Entry(f"momentum {m:g}, lr {lr:g}", INIT(tau_scale=256.0), READ(write=WRITE(momentum=m, lr=lr, floor=1.0)))
             for m in (0.0, 0.5, 0.7, 0.8, 0.9)
             for lr in (0.05, 0.1)
         ],
         "schedule": [
-            Entry(
-                f"boost {boost:g}, floor {floor:g}, tau {per_slot:g} a slot, lr {lr:g}",
-                INIT(tau_scale=64 * per_slot),
-                READ(write=WRITE(lr=lr, boost=boost, floor=floor)),
-            )
-            for boost, floor, per_slot, lr in (
-                (1.0, 1.0, 16.0, 0.05),
-                (4.0, 1.0, 4.0, 0.1),
-                (4.0, 0.25, 4.0, 0.1),
-                (4.0, 0.25, 8.0, 0.07),
-                (3.0, 0.25, 8.0, 0.07),
-                (6.0, 0.25, 4.0, 0.1),
+            Entry(f"row step {lr:g}, held for {hold}, floor {floor:g}", read=_schedule(lr, hold, floor))
+            for lr, hold, floor in (
+                (0.07, 8, 0.35),
+                (0.07, 4, 0.35),
+                (0.07, 16, 0.35),
+                (0.05, 16, 0.5),
+                (0.1, 4, 0.25),
+                (0.2, 1, 0.125),
             )
         ],
         "speed": [
@@ -92,24 +84,6 @@ def grids() -> dict[str, list[Entry]]:
         "window": [
             Entry(f"window {w}, chunk {c}", read=READ(window=w, chunk=c))
             for w, c in ((512, 256), (1024, 512), (2048, 256), (2048, 512), (2048, 1024))
-        ],
-        "long chunk": [
-            Entry(f"row step {lr:g}, boost {boost:g}, {steps} a chunk", read=_schedule(lr, boost, steps))
-            for lr, boost, steps in (
-                (0.1, 4, 1),
-                (0.2, 4, 1),
-                (0.1, 8, 1),
-                (0.2, 2, 1),
-                (0.1, 4, 2),
-                (0.1, 2, 1),
-                (0.05, 4, 1),
-                (0.1, 1.4, 1),
-                (0.1, 1, 1),
-            )
-        ],
-        "floor": [
-            Entry(f"boost 2, floor {floor:g}", read=READ(write=WRITE(boost=2.0, floor=floor)))
-            for floor in (0.25, 0.125, 0.5)
         ],
         "steps": [Entry("two steps", read=READ(steps=2)), Entry("no clipping", read=READ(write=WRITE(clip=False)))],
         "start": [Entry("start token in every window", read=READ(start_in_every_window=True))],
@@ -148,7 +122,7 @@ def ablations() -> dict[str, list[Entry]]:
             for name, init, seed in _strategies()
         ],
         "ablate-rank": [Entry(f"rank {r}", INIT(rank=r)) for r in (2, 4, 8, 16, 32, 64, 128)],
-        "ablate-lr": [Entry(f"row step {lr:g}", read=_muon(lr)) for lr in (0.025, 0.05, 0.1, 0.2, 0.4)],
+        "ablate-lr": [Entry(f"row step {lr:g}", read=_muon(lr)) for lr in (0.018, 0.035, 0.07, 0.14, 0.28)],
         "ablate-rule": [Entry(f"adamw {lr:g}", read=_adamw(lr)) for lr in (2e-3, 4e-3, 8e-3)],
         "ablate-chunk": [Entry(f"chunk {c}", read=READ(chunk=c)) for c in (128, 256, 512, 1024)],
         "ablate-steps": [Entry(f"{n} steps a chunk", read=READ(steps=n)) for n in (1, 2, 3)],
@@ -189,12 +163,12 @@ def _muon(lr: float) -> locas.ReadSettings:
     return READ(write=WRITE(lr=lr))
 
 
-def _schedule(lr: float, boost: float, steps: int) -> locas.ReadSettings:
-    return READ(steps=steps, write=WRITE(lr=lr, boost=boost))
+def _schedule(lr: float, hold: int, floor: float) -> locas.ReadSettings:
+    return READ(write=WRITE(lr=lr, hold=hold, floor=floor))
 
 
 def _constant(lr: float) -> locas.ReadSettings:
-    return READ(write=WRITE(lr=lr, **CONSTANT))
+    return READ(write=WRITE(lr=lr, floor=1.0))
 
 
 def _mlp(init: str, per_slot: float) -> locas.InitSettings:

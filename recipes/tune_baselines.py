@@ -14,7 +14,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,14 @@ def grid() -> Iterator[str]:
         yield from (f"lora-eva:lr={lr:g}:steps={steps}" for lr in (1e-3, 2e-3, 4e-3))
         yield from (f"ffn-inplace:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 1e-3))
         yield from (f"dynamic:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 6e-4))
-        yield from (f"locas:lr={lr:g}:steps={steps}" for lr in (0.05, 0.1))
+        yield from (f"locas:lr={lr:g}:steps={steps}" for lr in (0.05, 0.07, 0.1))
 
 
 def bits(backbone: locas.Backbone, book: Book, folder: Path, method: str) -> dict[str, Any]:
     """Bits per byte and seconds of one setting on one book; infinite where it diverged."""
     run = BooksRun(backbone, [book], folder, [Method.parse(method)])
     unit = run.units[-1]
-    row = {"method": method, "book": book.name, "setup": asdict(unit.setup)}
+    row = {"method": method, "book": book.name, "setup": unit.setup.record()}
     try:
         for _ in run:
             pass

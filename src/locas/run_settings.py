@@ -79,7 +79,7 @@ PRESETS: dict[str, RunSettings] = {
     "default": RunSettings(),
     "paper": RunSettings(
         init=InitSettings(tau_scale=1.0),
-        read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, boost=1.0, floor=1.0)),
+        read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, floor=1.0)),
     ),
 }
 

@@ -36,9 +36,9 @@ class WriteSettings:
     Attributes:
         rule: "muon" (orthogonalised momentum) or "adamw".
         lr: the learning rate. muon: the length by which a row moves; adamw: about an entry's change.
-        boost: the first step of a memory that holds nothing yet is so many times `lr`; update n (from 0) then makes
-            max(floor, boost / sqrt(n + 1)) times `lr`. 1, with a floor of 1: the same step throughout.
-        floor: see `boost`. A memory that already holds something, or whose slots are filled step-wise, begins at `lr`.
+        hold: the first so many updates are made at `lr`; after them update n (from 0) is made at
+            max(floor, sqrt(hold / (n + 1))) times `lr`.
+        floor: see `hold`. 1: the same step throughout.
         momentum: muon's decay of past gradients.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
@@ -47,9 +47,9 @@ class WriteSettings:
     """
 
     rule: Rule = "muon"
-    lr: float = 0.1
-    boost: float = 2.0
-    floor: float = 0.25
+    lr: float = 0.07
+    hold: int = 8
+    floor: float = 0.35
     momentum: float = 0.7
     beta1: float = 0.9
     beta2: float = 0.999
@@ -61,8 +61,8 @@ class WriteSettings:
             raise ValueError(f"write rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be a positive number; got {self.lr}")
-        if not (1 <= self.boost < math.inf):
-            raise ValueError(f"boost must be 1 (none) or more; got {self.boost}")
+        if self.hold < 1:
+            raise ValueError(f"hold must be 1 update or more; got {self.hold}")
         if not 0 < self.floor <= 1:
             raise ValueError(f"floor must be above 0, and 1 (no decay) at most; got {self.floor}")
         for name in ("momentum", "beta1", "beta2"):
@@ -71,14 +71,9 @@ class WriteSettings:
         if not self.eps > 0:
             raise ValueError(f"eps must be positive; got {self.eps}")
 
-    @property
-    def settled(self) -> int:
-        """The number of the update whose step is `lr`."""
-        return math.ceil(self.boost**2) - 1
-
     def schedule(self, number: Tensor) -> Tensor:
         """Multiplier of `lr` for updates of these numbers (integers, from 0), in float64."""
-        return (self.boost / (number + 1).to(torch.float64).sqrt()).clamp(min=self.floor)
+        return (self.hold / (number + 1).to(torch.float64)).sqrt().clamp(min=self.floor, max=1.0)
 
 
 class Writer:
@@ -88,7 +83,6 @@ class Writer:
         scale: [bank] multiplier of the step, halved for a memory whenever one of its writes was undone.
         moments: the rule's running averages, each [bank, n_rows, d_model].
         counts: [bank] updates made.
-        begun: [bank] where in the schedule of steps each memory began.
     """
 
     def __init__(self, bank: Bank, settings: WriteSettings) -> None:
@@ -97,7 +91,6 @@ class Writer:
         self.moments = [torch.zeros_like(bank.rows) for _ in range(1 if settings.rule == "muon" else 2)]
         self.counts = torch.zeros(bank.size, dtype=torch.int64, device=bank.device)
         self.scale = torch.ones(bank.size, dtype=torch.float64, device=bank.device)
-        self.begun = torch.where(_holds_nothing(bank), 0, settings.settled)
         self._before: list[Tensor] | None = None
 
     def _live(self) -> list[Tensor]:
@@ -123,7 +116,7 @@ class Writer:
         frozen = self.bank.frozen_rows()
         if frozen is not None:
             grad = grad.masked_fill(frozen[..., None], 0.0)
-        step = self.scale * share * self.settings.schedule(self.begun + self.counts)
+        step = self.scale * share * self.settings.schedule(self.counts)
         self.counts += 1
         delta = self._muon(grad) if self.settings.rule == "muon" else self._adamw(grad)
         active = share > 0
@@ -198,7 +191,7 @@ class Writer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next writes depend on, besides the bank itself."""
-        state = {"counts": self.counts, "scale": self.scale, "begun": self.begun}
+        state = {"counts": self.counts, "scale": self.scale}
         state |= {f"moment.{i}": m for i, m in enumerate(self.moments)}
         if self._before is not None:
             state |= {f"before.{i}": t for i, t in enumerate(self._before)}
@@ -208,7 +201,6 @@ class Writer:
         """Takes over what `state` returned, from a writer of the same bank layout and settings."""
         self.counts.copy_(state["counts"])
         self.scale.copy_(state["scale"])
-        self.begun.copy_(state["begun"])
         for i, moment in enumerate(self.moments):
             moment.copy_(state[f"moment.{i}"])
         self._before = None
@@ -255,14 +247,6 @@ def orthogonalise(x: Tensor) -> Tensor:
     assert total is not None
     out = (total.div_(square.sqrt()) @ wide).view(shape)
     return out if x.shape[-2] <= x.shape[-1] else out.mT
-
-
-def _holds_nothing(bank: Bank) -> Tensor:
-    """[bank] bool: a basis and no values yet. Slots that wait to be filled step-wise get values with their keys."""
-    slots = [bank.slots(layer) for layer in bank.layers]
-    values = torch.stack([s.v.abs().amax(dim=(1, 2)) for s in slots]).amax(dim=0)
-    shortest_key = torch.stack([s.k.abs().amax(dim=2).amin(dim=1) for s in slots]).amin(dim=0)
-    return (values == 0) & (shortest_key > 0)
 
 
 def _all_finite(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -18,7 +19,7 @@ from helpers import same_bytes, snapshot, text
 from locas.backbone import Backbone
 from locas.cli.memorize import PRESETS
 from locas.evaluate.changes import Lora, down_projections
-from locas.evaluate.learners import LEARNERS, Locas, make, resolve
+from locas.evaluate.learners import LEARNERS, MEMORIES, Locas, make, resolve
 from locas.evaluate.memory_use import peak_bytes, size_of
 from locas.evaluate.weights import RECIPES, WeightLearner, equal_rank, memory_parameters
 from locas.stream import ReadSettings
@@ -364,6 +365,15 @@ def test_what_a_method_trains_is_counted() -> None:
     assert learner.bank is not None
     assert learner.bank.n_parameters == learner.n_parameters
     assert size_of(learner.tensors()) > 4 * learner.n_parameters
+
+
+def test_what_a_method_does_not_use_is_not_recorded_of_it() -> None:
+    of = backbone()
+    other = replace(READ, fill_eps=0.5, write=replace(READ.write, lr=0.3))
+    for name in LEARNERS:
+        recorded = resolve(name, of, READ).record()
+        assert (resolve(name, of, other).record() == recorded) == (name not in MEMORIES), name
+        assert resolve(name, of, replace(READ, chunk=7)).record() != recorded, name
 
 
 def test_long_attention_sees_more_and_in_the_same_chunks() -> None:

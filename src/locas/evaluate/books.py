@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ class BooksRun:
         setup = self.setups[method.label]
         what = {
             "library": __version__,
-            "setup": asdict(setup),
+            "setup": setup.record(),
             "seed": seed,
             "backbone": self.environment["backbone"],
             "device": next(self.backbone.model.parameters()).device.type,
@@ -266,7 +266,7 @@ def save_losses(
         "bytes": len(unit.book.text),
         "method": unit.method.label,
         "seed": unit.seed,
-        "setup": asdict(unit.setup),
+        "setup": unit.setup.record(),
         "parameters": learner.n_parameters,
         "peak_bytes": peak,
         "undone": sum(r.undone for r in records),

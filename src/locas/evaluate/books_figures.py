@@ -37,7 +37,7 @@ def results(run: BooksRun) -> Figures:
         **run.environment,
         "measured_at_commits": sorted(str(c) for c in commits),
         "seeds": run.seeds,
-        "settings": {"read": asdict(run.read), "methods": {k: asdict(s) for k, s in run.setups.items()}},
+        "settings": {"read": asdict(run.read), "methods": {k: s.record() for k, s in run.setups.items()}},
         "books": [_book(b) | {"text": run.text_path(b).relative_to(run.folder).as_posix()} for b in run.books],
         "methods": methods,
         "paired": _pairs(methods),

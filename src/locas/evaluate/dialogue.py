@@ -158,7 +158,9 @@ def run(
 
 def setups(backbone: Backbone, methods: Sequence[Method], read: ReadSettings) -> dict[str, dict[str, Any] | None]:
     """Every setting of each method's learner, resolved. Raises ValueError for options that it does not have."""
-    return {m.name: asdict(resolve(m.learner, backbone, read, dict(m.options))) if m.learner else None for m in methods}
+    return {
+        m.name: resolve(m.learner, backbone, read, dict(m.options)).record() if m.learner else None for m in methods
+    }
 
 
 def _key(

@@ -212,8 +212,8 @@ def run(
             backbone=who,
             book=[learnt.sha256, learnt.stop, learnt.ids.numel()],
             unrelated=[[u.name, u.sha256, u.ids.numel()] for u in others],
-            setup=asdict(setup),
-            read=asdict(read),
+            setup=setup.record(),
+            compared=resolve("truncation", backbone, read).record(),
             settings=asdict(settings),
             mmlu=asked.key if asked is not None else None,
         )

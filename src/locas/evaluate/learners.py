@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -157,6 +157,14 @@ class Setup:
             begins_randomly = self.recipe.trains == "lora" and self.recipe.init == "default"
             return begins_randomly or self.recipe.whole_window  # which is in training mode, with dropout
         return self.init is not None and self.init.init in ("random-rows", "gaussian")
+
+    def record(self) -> dict[str, Any]:
+        """Its settings, for keys and result files. Without a memory nothing is said of how one would be written."""
+        settings = asdict(self)
+        if self.init is None:
+            for name in ("steps", "fill_eps", "write"):
+                del settings["read"][name]
+        return settings
 
 
 def make(
