@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[1]
 METHODS = {
     "dev": (
         "none,context,bm25,"
-        "locas,locas:lr=0.05,locas:lr=0.2,locas:rank=16,locas:steps=2,locas-paper,"
+        "locas,locas:lr=0.035,locas:lr=0.14,locas:rank=16,locas:steps=2,locas-paper,"
         "templora-paper,templora-tuned,templora-tuned:lr=5e-4,templora-tuned:lr=1e-3,templora-tuned:lr=4e-3,"
-        "locas+bm25,locas:lr=0.05+bm25,templora-tuned+bm25"
+        "locas+bm25,locas:lr=0.035+bm25,templora-tuned+bm25"
     ),
     "test": "none,context,bm25,templora-paper,templora-tuned,locas-paper,locas,templora-tuned+bm25,locas+bm25",
 }

@@ -75,6 +75,14 @@ def grids() -> dict[str, list[Entry]]:
                 (0.2, 1, 0.125),
             )
         ],
+        "long chunk": [
+            *(Entry(f"momentum {m:g}", read=READ(write=WRITE(momentum=m))) for m in (0.0, 0.5, 0.85)),
+            *(Entry(f"tau {t:g} a slot", INIT(tau_scale=64.0 * t)) for t in (2.0, 8.0, 16.0)),
+            *(
+                Entry(f"{n} steps, row step {lr:g}", read=READ(steps=n, write=WRITE(lr=lr)))
+                for n, lr in ((2, 0.035), (2, 0.07))
+            ),
+        ],
         "speed": [
             Entry("default"),
             Entry("context kept", read=READ(reuse=True)),
