@@ -76,7 +76,7 @@ def grids() -> dict[str, list[Entry]]:
             )
         ],
         "long chunk": [
-            *(Entry(f"momentum {m:g}", read=READ(write=WRITE(momentum=m))) for m in (0.0, 0.5, 0.85)),
+            *(Entry(f"momentum {m:g}", read=READ(write=WRITE(momentum=m))) for m in (0.0, 0.3, 0.5, 0.7, 0.85)),
             *(Entry(f"tau {t:g} a slot", INIT(tau_scale=64.0 * t)) for t in (2.0, 8.0, 16.0)),
             *(
                 Entry(f"{n} steps, row step {lr:g}", read=READ(steps=n, write=WRITE(lr=lr)))
