@@ -50,7 +50,7 @@ class WriteSettings:
     lr: float = 0.07
     hold: int = 8
     floor: float = 0.35
-    momentum: float = 0.7
+    momentum: float = 0.5
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
