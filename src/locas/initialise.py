@@ -42,7 +42,7 @@ class InitSettings:
         variant: "auto": gated (glu) beside a gated FFN, else mlp.
         init: strategy; "auto": top-k for glu, step-wise for mlp.
         tau_scale: the output scale is tau = tau_scale / rank * mean_j ||v_j||; the paper's is 1. None:
-            `TAU_PER_SLOT` * rank, so that a slot adds as much whatever the rank.
+            proportional to the rank, so that a slot adds as much whatever the rank.
         activation: "auto": the backbone FFN's own, so that merging is exact; or a name, e.g. "relu".
         seed: of the random strategies.
     """

@@ -45,8 +45,7 @@ class Bench:
     """
 
     backbones: str = "builtin"
-    """What to measure on, separated by commas: builtin, a folder or hub name, or the shapes qwen3-0.6b, qwen3-1.7b,
-    qwen3-4b with random weights (name:N: only N layers)."""
+    """With commas: builtin, a folder or hub name, qwen3-0.6b, -1.7b or -4b (random weights; name:N: only N layers)."""
     parts: str = ",".join(get_args(Part))
     """What to measure, separated by commas: reading (with learning), generating (with a memory attached), memory (peak
     of RAM or GPU memory); and how it grows with memories (in a batch that generates), length (how far into a document),

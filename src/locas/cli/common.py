@@ -29,8 +29,7 @@ class BackboneOptions:
     """Which backbone, where and how exactly."""
 
     model: str | None = None
-    """Folder with a transformers checkpoint, name on the Hugging Face hub, or built-in backbone:
-    tiny-glu (the default) or tiny-mlp, its twin with a two-layer FFN."""
+    """Checkpoint folder, Hugging Face hub name, tiny-glu (built in; the default) or its two-layer twin tiny-mlp."""
     dtype: Dtype = "auto"
     """Precision of the backbone; auto: bfloat16 on CUDA, float32 on CPU. Memories are always float32."""
     device: str = "auto"

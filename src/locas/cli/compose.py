@@ -51,8 +51,7 @@ class Compose:
     fit_epochs: int = _DEFAULT.epochs
     """With --fit: passes over the texts."""
     fit_text_share: float = _DEFAULT.text_share
-    """With --fit: how much of the loss is that of the texts' own tokens (as in reading), the rest that of the memories'
-    predictions."""
+    """With --fit: share of the loss that is the texts' own tokens' (as in reading); the rest is the predictions'."""
     subtract: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Take this memory out of a composed one again: what is left is what was there before, bit for bit."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)

@@ -40,8 +40,7 @@ class Compress:
     text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")]
     """Text files, folders, or - for standard input, of the kind that the memory is for."""
     method: Method = "eliminate"
-    """eliminate: drop the slots whose loss costs least, fitting the others' values; distil: then also move keys by
-    gradient; refit, merge, prune: simpler; nl-svd, nl-svd-refit: the paper's, for Locas-MLP."""
+    """eliminate: drop slots that cost least, refit values; distil: train keys too; nl-svd: the paper's (Locas-MLP)."""
     sample_tokens: int = 4096
     """Tokens at the text's beginning that are fitted to, at most half of it."""
     thaw: bool = False

@@ -38,8 +38,7 @@ class EvalForgetting:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
     """Folder for the results."""
     unrelated: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
-    """Texts that are not learnt; --gutenberg, --reflow and --encoding hold for them too. A book that is learnt is not
-    its own unrelated text. Default: the other books."""
+    """Texts that are not learnt; --gutenberg, --reflow and --encoding hold for them too. Not given: the other books."""
     methods: str = "locas,templora-tuned"
     """What learns, separated by commas; hyperparameters follow a name: locas:tau_scale=64."""
     ranks: str = "16,64"

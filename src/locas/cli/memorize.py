@@ -62,13 +62,11 @@ class Memorize:
     grow: int = 0
     """With --memory: add so many slots to each layer, made from the first text (--init, --seed)."""
     freeze: bool = False
-    """With --memory: the slots that it has stay as they are, to the last bit, so that nothing is overwritten; add
-    others with --grow."""
+    """With --memory: the slots that it has stay as they are, to the last bit; add others with --grow."""
     thaw: bool = False
     """With --memory: slots that are frozen in it learn again."""
     cycle: int = 0
-    """For a step-wise Locas-MLP (--variant mlp): when all --rank slots are full, NL-SVD leaves so many, and the filling
-    goes on; half the rank is the paper's choice (0: full slots are learnt by gradient)."""
+    """Step-wise Locas-MLP: NL-SVD leaves so many of --rank full slots (paper: half), filling goes on; 0: no cycle."""
     compare: bool = False
     """Also read every text without memory, and show the difference (costs about the time of reading)."""
     batch: int | None = None
@@ -78,13 +76,11 @@ class Memorize:
     save_every: float = 30.0
     """Seconds between two states that a run can be resumed from; 0: after every chunk."""
     preset: Preset = "default"
-    """Settings to start from, which other flags then change. paper: output scale, write rule and learning rate
-    as published; default: what our own sweep shows to be best."""
+    """Settings that other flags change. paper: output scale, write rule and rate as published; default: our sweep's."""
     layers: str = "all"
     """Layers that get a memory: all, upper-half, or numbers such as 0,3-5."""
     init_tokens: int | None = None
-    """Tokens whose activations choose the basis (default: the first chunk; with more, the choice sees text before
-    it is scored)."""
+    """Tokens that choose the basis; not given: the first chunk. With more, it depends on text not scored yet."""
     initialise: InitSettings = field(default_factory=InitSettings)
     read: ReadSettings = field(default_factory=ReadSettings)
     show: OutputOptions = field(default_factory=OutputOptions)

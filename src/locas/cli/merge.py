@@ -32,8 +32,7 @@ class Merge:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
     """The folder to make."""
     model: str | None = None
-    """The backbone's checkpoint: a folder, a name on the Hugging Face hub, or a built-in backbone (default: what the
-    first memory names)."""
+    """The backbone: a folder, a hub name, or a built-in one. Not given: what the first memory names."""
     align: int = 256
     """The new FFN width is a multiple of this; 256 suits 4-bit kernels and GGUF, 1024 tensor parallelism."""
     dtype: MergeDtype = "stored"
