@@ -16,7 +16,9 @@ from locas.backbone import load_backbone
 from locas.evaluate.book import Book, Method, load_text
 from locas.evaluate.books import BooksRun, load_losses
 from locas.evaluate.books_figures import results
+from locas.evaluate.cells import finite
 from locas.evaluate.pg19 import from_rows, pg19
+from locas.evaluate.report import write_report
 from locas.evaluate.words import best_stretch, coloured, top_words
 from locas.memory import create, read
 from locas.store import save_tensors
@@ -167,6 +169,34 @@ def test_a_stopped_run_goes_on(library: Path, tmp_path: Path) -> None:
     assert again.missing == []
     other = BooksRun(backbone, [book], tmp_path, methods, ReadSettings(window=64, chunk=16))
     assert len(other.missing) == 2  # other windows are other measurements
+
+
+def test_a_beginning_is_taken_from_a_longer_reading(library: Path, tmp_path: Path) -> None:
+    backbone = load_backbone()
+    document = Document("one.txt", (library / "one.txt").read_text(), "utf-8", "0" * 64)
+    methods = [Method.parse(m) for m in ("locas:rank=2", "templora-tuned:rank=2")]
+
+    def run(folder: str, tokens: int) -> BooksRun:
+        book = Book.of(document, backbone, tokens)
+        return BooksRun(backbone, [book], tmp_path / folder, methods, ReadSettings(window=64, chunk=32))
+
+    for folder, tokens in (("one", 170), ("other", 150), ("one", 40)):
+        for _ in run(folder, tokens):
+            pass
+    assert len(list((tmp_path / "one" / "losses").iterdir())) == 3
+    cut, own = run("one", 150), run("other", 150)
+    assert list(cut) == own.missing == []
+    for one, other in zip(cut.units, own.units, strict=True):
+        short, expected = cut.losses(one), own.losses(other)
+        assert short.stops == expected.stops == [32, 64, 96, 128, 150]
+        torch.testing.assert_close(short.nll, expected.nll, rtol=1e-4, atol=1e-4)
+        assert 0 < short.seconds < cut.losses(replace(one, book=Book.of(document, backbone, 160))).seconds
+        assert short.relative_time > 0
+        assert short.undone == 0
+        assert not any(name.startswith("slots.") for name in short.tensors)
+    (tmp_path / "one" / "results.json").write_text(json.dumps(finite(results(cut))))
+    assert "<h2>Slots" not in write_report(tmp_path / "one").read_text()
+    assert [len(run("one", n).missing) for n in (170, 171)] == [0, 3]
 
 
 def test_marks_are_reported_for_the_books_that_are_so_long(

@@ -6,12 +6,14 @@
     results = run.results()
 
 A unit of work is one method on one book with one seed; its per-token losses go to a file named after everything that
-they depend on, so a run that was stopped, or given more books or methods, measures only what is missing. Beside each
+they depend on, so a run that was stopped, or given more books or methods, measures only what is missing. No loss
+depends on a later token: what was read further already is not read again for a shorter beginning. Beside each
 method, truncated reading is timed on some of the same chunks, so that ratios of time are measured side by side.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -41,7 +43,7 @@ _TIMED_FIRST, _TIMED_EVERY = 16, 8  # truncated reading is timed on the first ch
 
 @dataclass(frozen=True)
 class Unit:
-    """One method on one book with one seed. path: where its losses are, or will be."""
+    """One method on one book with one seed. path: where its losses go, ending in the number of tokens."""
 
     book: Book
     method: Method
@@ -49,6 +51,14 @@ class Unit:
     seed: int
     key: str
     path: Path
+
+    def measured(self) -> Path | None:
+        """Where its losses are: its own file, or that of the shortest longer reading; None if there is neither."""
+        head, _, own = self.path.stem.rpartition("-")
+        alike = self.path.parent.glob(f"{glob.escape(head)}-*{self.path.suffix}")
+        tokens = (int(path.stem.rpartition("-")[2]) for path in alike)
+        longer = min((n for n in tokens if n >= int(own)), default=None)
+        return None if longer is None else self.path.with_stem(f"{head}-{longer}")
 
 
 @dataclass(frozen=True)
@@ -171,10 +181,10 @@ class BooksRun:
             "backbone": self.environment["backbone"],
             "device": next(self.backbone.model.parameters()).device.type,
             "start_id": self.backbone.start_id,
-            "text": [book.sha256, book.ids_sha256],
+            "text": book.sha256,
         }
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-        name = f"{slug(Path(book.name).stem)}-{slug(method.label)}-{seed}-{key[:10]}.safetensors"
+        name = f"{slug(Path(book.name).stem)}-{slug(method.label)}-{seed}-{key[:10]}-{book.ids.numel()}.safetensors"
         return Unit(book, method, setup, seed, key, self.folder / "losses" / name)
 
     # ---------------------------------------------------------------- measuring
@@ -182,7 +192,7 @@ class BooksRun:
     @property
     def missing(self) -> list[Unit]:
         """Units that have not been measured yet."""
-        return [u for u in self.units if not u.path.exists()]
+        return [u for u in self.units if u.measured() is None]
 
     def __iter__(self) -> Iterator[Progress]:
         """Measures what is missing; may be stopped at any time, which loses the unit at work and nothing else.
@@ -232,9 +242,10 @@ class BooksRun:
 
     def losses(self, unit: Unit) -> Losses:
         """What a unit measured. Raises ValueError if its file is damaged or another's: delete it, and run again."""
-        found = load_losses(unit.path)
+        path = unit.measured() or unit.path
+        found = load_losses(path, unit.book.ids.numel())
         if found.manifest.get("key") != unit.key or found.nll.numel() != unit.book.ids.numel():
-            raise ValueError(f"{unit.path} holds another measurement; move it away and run again")
+            raise ValueError(f"{path} holds another measurement; move it away and run again")
         return found
 
 
@@ -256,6 +267,7 @@ def save_losses(
         "reference_tokens": torch.tensor(timer.tokens, dtype=torch.float64),
         "grad_norm": torch.tensor([r.grad_norm for r in records]),
         "row_norm": torch.tensor([r.row_norm for r in records]),
+        "undone": torch.tensor([int(r.undone) for r in records]),
         **slot_norms(learner),
     }
     manifest = {
@@ -269,17 +281,22 @@ def save_losses(
         "setup": unit.setup.record(),
         "parameters": learner.n_parameters,
         "peak_bytes": peak,
-        "undone": sum(r.undone for r in records),
         **environment,
     }
     save_tensors(unit.path, tensors, manifest)
 
 
-def load_losses(path: Path) -> Losses:
-    """Reads what `save_losses` wrote. Raises ValueError if it is damaged."""
+def load_losses(path: Path, tokens: int | None = None) -> Losses:
+    """Reads what `save_losses` wrote, or the part of it that is about the first `tokens` tokens.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     tensors, manifest = load_tensors(
         path, kind=LOSSES_FORMAT, may_be_nan=("nll", "reference_", "grad_norm", "row_norm")
     )
+    if tokens is not None and tokens < tensors["nll"].numel():
+        tensors = _beginning(tensors, tokens)
     return Losses(
         nll=tensors["nll"],
         stops=tensors["stops"].tolist(),
@@ -287,10 +304,28 @@ def load_losses(path: Path) -> Losses:
         relative_time=1.0 if manifest["method"] == REFERENCE else relative_time(tensors),
         peak_bytes=int(manifest["peak_bytes"]),
         n_parameters=int(manifest["parameters"]),
-        undone=int(manifest["undone"]),
+        undone=int(tensors["undone"].sum()),
         tensors=tensors,
         manifest=manifest,
     )
+
+
+def _beginning(tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """What reading so many tokens and no more would have measured. Of a chunk that is cut the time is a share, and
+    not compared; the slots are those of the longer reading's end, and left out."""
+    chunks = int(torch.searchsorted(tensors["stops"], tokens)) + 1
+    cut = {
+        name: tensor[: tokens if name == "nll" else chunks].clone()
+        for name, tensor in tensors.items()
+        if not name.startswith("slots.")
+    }
+    sizes = cut["stops"].diff(prepend=cut["stops"].new_zeros(1))
+    surplus = cut["stops"][-1] - tokens
+    if surplus:
+        cut["seconds"][-1] *= 1 - surplus / sizes[-1]
+        cut["stops"][-1] = tokens
+        cut["reference_seconds"][-1] = cut["reference_tokens"][-1] = math.nan
+    return cut
 
 
 def relative_time(tensors: dict[str, Tensor]) -> float:

@@ -137,7 +137,7 @@ def _book(book: Book) -> Figures:
 def _file(run: BooksRun, seed: int, book: str, method: Method) -> str:
     """Where the losses lie, relative to the run's folder."""
     (unit,) = [u for u in run.units if (u.seed, u.book.name, u.method.label) == (seed, book, method.label)]
-    return unit.path.relative_to(run.folder).as_posix()
+    return (unit.measured() or unit.path).relative_to(run.folder).as_posix()
 
 
 def _mean(values: Iterable[float]) -> float:

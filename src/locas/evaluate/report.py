@@ -74,14 +74,16 @@ def _load(folder: Path) -> _Found:
         raise ValueError(f"{path} is no result file of `locas eval books` ({error!r})") from error
     if not known:
         raise ValueError(f"{path} is {results['format']} {results['version']}; this locas reads {FORMAT} {VERSION}")
-    methods, books = list(results["methods"]), [b["name"] for b in results["books"]]
+    methods, books = list(results["methods"]), {b["name"]: b["tokens"] for b in results["books"]}
     losses = {
-        (m, b): load_losses(folder / results["methods"][m]["per_book"][b]["losses"][0]) for m in methods for b in books
+        (m, b): load_losses(folder / results["methods"][m]["per_book"][b]["losses"][0], tokens)
+        for m in methods
+        for b, tokens in books.items()
     }
     memories = [m for m in methods if results["settings"]["methods"][m]["init"] is not None]
     learning = [m for m in methods if results["methods"][m]["parameters"]]
     main = next(iter(memories + learning), None)
-    return _Found(folder, results, losses, books, methods, main, charts.colours(methods, REFERENCE, main))
+    return _Found(folder, results, losses, list(books), methods, main, charts.colours(methods, REFERENCE, main))
 
 
 # -------------------------------------------------------------------- sections
@@ -243,13 +245,15 @@ def _excerpt(name: str, text: bytes, ends: Tensor, plain: Tensor, learnt: Tensor
 
 
 def _norms(found: _Found) -> list[charts.Row]:
-    """Quantiles of the slots' row lengths, by layer and part, over all books."""
+    """Quantiles of the slots' row lengths, by layer and part, over all books; none where a longer reading was cut."""
     lengths: dict[tuple[int, str], list[Tensor]] = {}
     for book in found.books:
         for name, tensor in found.losses[str(found.main), book].tensors.items():
             if name.startswith("slots."):
                 _, layer, part = name.split(".")
                 lengths.setdefault((int(layer), part), []).append(tensor)
+    if any(len(parts) < len(found.books) for parts in lengths.values()):
+        return []
     points = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     names = ("low", "q1", "median", "q3", "high")
     return [
