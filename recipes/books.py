@@ -1,11 +1,12 @@
 """The headline comparison: every test book, read online by every method.
 
     python recipes/books.py ../shared/data/books/test -o runs/books                    # whole books
-    python recipes/books.py ../shared/data/books/test -o runs/books-12288 --max-tokens 12288 \
+    python recipes/books.py ../shared/data/books/test -o runs/books --max-tokens 12288 \
         --results results/books_12k.json                                               # their beginnings
 
 Baselines run with the settings that `recipes/tune_baselines.py` chose on the development books. Losses, page and
-pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on. Two
+pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on; and
+beginnings of what was read further are not read again. Two
 processes may work on different books (--books) with one folder; a last run over all of them puts the results together.
 """
 
