@@ -5,9 +5,9 @@
         --results results/books_12k.json                                               # their beginnings
 
 Baselines run with the settings that `recipes/tune_baselines.py` chose on the development books. Losses, page and
-pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on; and
-beginnings of what was read further are not read again. Two
-processes may work on different books (--books) with one folder; a last run over all of them puts the results together.
+pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on, and
+beginnings of what was read further are not read again. Two processes may work on different books (--books) with one
+folder; a last run over all of them puts the results together.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def bits(backbone: locas.Backbone, book: Book, folder: Path, method: str) -> dic
     """Bits per byte and seconds of one setting on one book; infinite where it diverged."""
     run = BooksRun(backbone, [book], folder, [Method.parse(method)])
     unit = run.units[-1]
-    row = {"method": method, "book": book.name, "setup": unit.setup.record()}
+    row = {"method": method, "book": book.name, "setup": unit.setup.record(), "commit": run.environment["commit"]}
     try:
         for _ in run:
             pass
@@ -73,6 +73,17 @@ def choose(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]
     return means, chosen
 
 
+def _others(path: Path, methods: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the result file says of the names that none of these methods has."""
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    if report["settings"] != settings:
+        raise SystemExit(f"{path} was measured with {report['settings']}, not {settings}; give another --results")
+    names = {m.partition(":")[0] for m in methods}
+    return [row for row in report["results"] if row["method"].partition(":")[0] not in names]
+
+
 def main() -> int:
     """Runs what the arguments ask for."""
     parser = options(__doc__, books=BOOKS, max_tokens=30_000)
@@ -86,15 +97,17 @@ def main() -> int:
             print(f"{mean or math.inf:.4f}  {method}{'  *' if method in report['chosen'].values() else ''}")
         return 0
     backbone = quiet_backbone(args)
+    settings = {"books": args.books, "max_tokens": args.max_tokens}
     documents = collect(book_paths(args), gutenberg=True, reflow=True)
     books = [Book.of(document, backbone, args.max_tokens) for document in documents]
-    rows: list[dict[str, Any]] = []
-    for method in [m for m in grid() if not args.only or m.startswith(tuple(args.only.split(",")))]:
+    wanted = [m for m in grid() if not args.only or m.startswith(tuple(args.only.split(",")))]
+    rows = _others(args.results, wanted, settings) if args.only else []
+    for method in wanted:
         for book in books:
             rows.append(bits(backbone, book, args.output, method))
             print(f"{rows[-1]['bits_per_byte']:.4f}  {book.name}  {method}", flush=True)
         means, chosen = choose(rows)
-        where = environment(backbone) | {"seeds": [0], "settings": {"books": args.books, "max_tokens": args.max_tokens}}
+        where = environment(backbone) | {"seeds": [0], "settings": settings}
         write_report(args.results, where | {"means": means, "chosen": chosen, "results": rows})
     return 0
 
