@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     """Writes the page; says which result files are missing."""
-    parts = ["# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n", backbones()]
+    parts = [backbones()]
     carried = {weights_sha256(locas.load_backbone(name, device="cpu").model) for name in built_in()}
     sections = (
         ("books", headline),
@@ -44,14 +46,29 @@ def main() -> int:
         ("kill_resume", kills),
     )
     for name, section in sections:
-        paths = sorted(RESULTS.glob(f"{name}*.json"))
+        paths = sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: ("whole" not in path.stem, path.stem))
         for path in paths:
             report = json.loads(path.read_text())
             parts.append(section(report) + provenance(path, report, carried))
         if not paths:
             print(f"{RESULTS / name}.json is missing", file=sys.stderr)
-    (ROOT / "docs" / "results.md").write_text("\n".join(parts))
+    head = "# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n"
+    (ROOT / "docs" / "results.md").write_text("\n".join([head, contents(parts), *parts]))
     return 0
+
+
+def contents(parts: list[str]) -> str:
+    """Links to the sections, as GitHub names them, with the file that each is made from."""
+    lines: list[str] = []
+    seen: Counter[str] = Counter()
+    for part in parts:
+        title = part.split("\n", 1)[0].removeprefix("## ")
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        number = f"-{seen[anchor]}" if seen[anchor] else ""
+        seen[anchor] += 1
+        file = re.search(r"^`(results/[^`]+)`", part, re.M)
+        lines.append(f"* [{title}](#{anchor}{number})" + (f" ({file[1]})" if file else ""))
+    return "\n".join(lines) + "\n"
 
 
 def backbones() -> str:
