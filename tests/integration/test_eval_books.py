@@ -199,6 +199,25 @@ def test_a_beginning_is_taken_from_a_longer_reading(library: Path, tmp_path: Pat
     assert [len(run("one", n).missing) for n in (170, 171)] == [0, 3]
 
 
+def test_the_mean_curve_goes_as_far_as_half_of_the_books(library: Path, tmp_path: Path) -> None:
+    backbone = load_backbone()
+    document = Document("one.txt", (library / "one.txt").read_text(), "utf-8", "0" * 64)
+    books = [replace(Book.of(document, backbone, n), name=f"{n}.txt") for n in (40, 100, 170)]
+    run = BooksRun(backbone, books, tmp_path, [], ReadSettings(window=64, chunk=32))
+    for _ in run:
+        pass
+    (tmp_path / "results.json").write_text(json.dumps(finite(results(run))))
+    page = write_report(tmp_path).read_text()
+    name = "the 2 longest books"
+    (spec,) = re.findall("id='along-spec'>(.*?)</script>", page, flags=re.S)
+    rows = json.loads(spec)["data"]["values"]
+    curve = {r["tokens"]: r["perplexity"] for r in rows if r["book"] == name}
+    losses = [run.losses(unit).nll.double() for unit in run.units[1:]]
+    expected = {t: math.exp(sum(float(nll[t - 32 : t].mean()) for nll in losses) / 2) for t in (32, 64, 96)}
+    assert curve == pytest.approx(expected)
+    assert {r["book"] for r in rows} == {name, "40.txt", "100.txt", "170.txt"}
+
+
 def test_marks_are_reported_for_the_books_that_are_so_long(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,58 +91,69 @@ def _load(folder: Path) -> _Found:
 
 def _sections(found: _Found) -> Iterator[Section]:
     several = len(found.methods) > 1
-    names = ([ALL] if len(found.books) > 1 else []) + found.books
+    rows, names = _along(found)
     yield Section(
         "Perplexity along the book",
         "Every token is scored before it is learnt. What lies below the grey line is what learning gave."
         if several
         else "Every token is scored once.",
-        [("along", charts.along(_along(found), names, found.palette), f"Perplexity along the book: {names[0]}")],
+        [("along", charts.along(rows, names, found.palette), f"Perplexity along the book: {names[0]}")],
     )
     if several:
         yield Section("Book by book", _paired_text(found), _paired_charts(found))
         yield _cost(found)
     if found.main is not None:
-        yield _learnt(found, names)
-        rows = _norms(found)
-        if rows:
+        yield _learnt(found)
+        lengths = _norms(found)
+        if lengths:
             yield Section(
                 "Slots",
                 f"Length of the rows of {found.main}'s slots after the last chunk, over all books: 5th to 95th "
                 "percentile (line), quartiles (bar), median (tick). Norm clipping keeps them at 1 or below.",
-                [("norms", charts.norms(rows), f"Length of the slots' rows, {found.main}")],
+                [("norms", charts.norms(lengths), f"Length of the slots' rows, {found.main}")],
             )
 
 
-def _along(found: _Found) -> list[charts.Row]:
-    """Perplexity in stretches of equal length, the same for all books; all books: the mean of their losses."""
+def _along(found: _Found) -> tuple[list[charts.Row], list[str]]:
+    """(perplexity in stretches of equal length, what there is to choose: the mean over books first, then each book)."""
     longest = max(x.nll.numel() for x in found.losses.values())
     chunk = max(x.stops[0] for x in found.losses.values())
     stretch = max(chunk, math.ceil(longest / _BINS / chunk) * chunk)
+    curves = {key: _stretches(losses.nll.double(), stretch, chunk) for key, losses in found.losses.items()}
+    shown = {book: {m: curves[m, book] for m in found.methods} for book in found.books}
+    if len(found.books) > 1:
+        # As far as half of the books go, over those that go so far: over fewer it would jump where one ends.
+        lengths = {book: len(curves[REFERENCE, book]) for book in found.books}
+        length = sorted(lengths.values(), reverse=True)[(len(lengths) - 1) // 2]
+        members = [book for book, n in lengths.items() if n >= length]
+        name = ALL if len(members) == len(found.books) else f"the {len(members)} longest books"
+        mean = {m: [_mean([curves[m, b][i] for b in members]) for i in range(length)] for m in found.methods}
+        shown = {name: mean} | shown
     rows: list[charts.Row] = []
-    for method in found.methods:
-        every: dict[int, list[float]] = {}
-        for book in found.books:
-            nll = found.losses[method, book].nll.double()
-            for i, part in enumerate(nll.split(stretch)):
-                if part.numel() < stretch and i and part.numel() < chunk:
-                    continue  # a few last words say little
-                mean = float(part.nanmean())
-                end = min((i + 1) * stretch, nll.numel())
-                rows.append({"method": method, "book": book, "tokens": end, "perplexity": math.exp(min(mean, 50.0))})
-                every.setdefault(i, []).append(mean)
-        if len(found.books) > 1:
+    for book, of_methods in shown.items():
+        end = found.losses[REFERENCE, book].nll.numel() if book in found.books else longest
+        for method, curve in of_methods.items():
             rows += [
                 {
                     "method": method,
-                    "book": ALL,
-                    "tokens": min((i + 1) * stretch, longest),
-                    "perplexity": math.exp(min(sum(means) / len(means), 50.0)),
+                    "book": book,
+                    "tokens": min((i + 1) * stretch, end),
+                    "perplexity": math.exp(min(nll, 50.0)),
                 }
-                for i, means in every.items()
-                if len(means) == len(found.books)  # a mean over fewer books would jump where one ends
+                for i, nll in enumerate(curve)
+                if math.isfinite(nll)
             ]
-    return [r for r in rows if math.isfinite(r["perplexity"])]
+    return rows, list(shown)
+
+
+def _stretches(nll: Tensor, stretch: int, least: int) -> list[float]:
+    """The mean loss of each stretch; a few last words, fewer than `least`, say little and are left out."""
+    parts = [part for i, part in enumerate(nll.split(stretch)) if part.numel() >= least or i == 0]
+    return [float(part.nanmean()) for part in parts]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _paired_text(found: _Found) -> str:
@@ -214,7 +225,7 @@ def _cost(found: _Found) -> Section:
     )
 
 
-def _learnt(found: _Found, names: list[str]) -> Section:
+def _learnt(found: _Found) -> Section:
     """The words and a stretch of every book on which the main method helps most."""
     rows: list[charts.Row] = []
     texts: list[str] = []
