@@ -39,13 +39,16 @@ def along(rows: Sequence[Row], books: Sequence[str], palette: Mapping[str, str])
     """Perplexity along the book. rows: book, method, tokens, perplexity; `books` are offered in a menu, first first."""
     alt = altair()
     chosen = alt.param(name="shown", value=books[0], bind=alt.binding_select(options=list(books), name="Book: "))
+    log = alt.Scale(type="log", nice=False, padding=6)
+    # Without an expression, Vega leaves out the labels of a logarithmic axis that spans much less than a decade.
+    labelled = alt.Axis(labelExpr="format(datum.value, ',')", labelOverlap="greedy", tickCount=8)
     lines = (
         alt.Chart(alt.Data(values=list(rows)))
         .transform_filter("datum.book == shown")
         .mark_line(strokeWidth=1.8)
         .encode(
             x=alt.X("tokens:Q", title="tokens read", axis=alt.Axis(format="~s", tickCount=6)),
-            y=alt.Y("perplexity:Q", title="perplexity (log scale)", scale=alt.Scale(type="log", nice=False)),
+            y=alt.Y("perplexity:Q", title="perplexity (log scale)", scale=log, axis=labelled),
             color=_colour(palette),
             tooltip=["method:N", alt.Tooltip("tokens:Q", format=","), alt.Tooltip("perplexity:Q", format=".2f")],
         )
