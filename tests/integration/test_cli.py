@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 import shlex
 import signal
 import time
@@ -460,3 +461,18 @@ def test_checkpoints_that_others_trained(tmp_path: Path, main: Main, locas: Loca
         status, _, err = main("score", tmp_path / "score.txt", "--memory", memory)
         assert status == 2
         assert "this memory was made for" in err or "load the backbone that it was made with" in err
+
+
+def test_help_shows_one_sentence_a_command_and_the_examples_of_each(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    _, listed, _ = main("--help")
+    commands = re.findall(r"• (\w+) +(\S.*)", listed)
+    assert {"memorize", "score", "merge", "eval"} < {name for name, _ in commands}
+    assert not [text for _, text in commands if "locas memorize" in text]
+    for name, _ in commands:
+        _, text, _ = main(name, "--help")
+        assert "(default: )" not in text
+        assert name in ("eval", "demo") or re.search(rf"^    locas {name} ", text, flags=re.M), text
+    assert "learnt.\n\n" in main("score", "--help")[1]

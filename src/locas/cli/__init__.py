@@ -7,6 +7,7 @@ Flags are generated from the settings' dataclasses, where their defaults and hel
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -81,21 +82,30 @@ def _explained(as_json: bool) -> Iterator[None]:
 
 
 def _parse(args: list[str]) -> Any:
-    sub = tyro.conf.subcommand
-    commands = (
-        Annotated[Memorize, sub("memorize", default=memorize_defaults(args))]
-        | Annotated[ScoreText, sub("score")]
-        | Annotated[Generate, sub("generate")]
-        | Annotated[Chat, sub("chat")]
-        | Annotated[Compose, sub("compose")]
-        | Annotated[Compress, sub("compress")]
-        | Annotated[Merge, sub("merge")]
-        | Annotated[Unmerge, sub("unmerge")]
-        | Annotated[Info, sub("info")]
-        | Annotated[Evaluate, sub("eval")]
-        | Annotated[Report, sub("report")]
-        | Annotated[Bench, sub("bench")]
-        | Annotated[Demo, sub("demo")]
+    listed = not args or args[0].startswith("-")
+
+    def sub(name: str, command: type, **how: Any) -> Any:
+        # The list of commands shows one sentence each; a command's own help shows all of its docstring.
+        text = inspect.cleandoc(str(command.__doc__))
+        return Annotated[
+            command,
+            tyro.conf.subcommand(name, description=text.partition("\n\n")[0] if listed else text, **how),
+        ]
+
+    commands: Any = (
+        sub("memorize", Memorize, default=memorize_defaults(args))
+        | sub("score", ScoreText)
+        | sub("generate", Generate)
+        | sub("chat", Chat)
+        | sub("compose", Compose)
+        | sub("compress", Compress)
+        | sub("merge", Merge)
+        | sub("unmerge", Unmerge)
+        | sub("info", Info)
+        | sub("eval", Evaluate)
+        | sub("report", Report)
+        | sub("bench", Bench)
+        | sub("demo", Demo)
     )
     return tyro.cli(
         commands,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from locas.backbone import Backbone, Dtype, load_backbone
 from locas.cli.bench_tables import NAMES, heading, tables
-from locas.cli.common import OutputOptions, UserError, err, out, print_json
+from locas.cli.common import Maybe, OutputOptions, UserError, err, out, print_json
 from locas.evaluate import bench, bench_scaling, shapes
 from locas.evaluate.bench import BenchSettings
 from locas.evaluate.provenance import environment
@@ -52,16 +52,16 @@ class Bench:
     documents (side by side), window, rank."""
     quick: bool = False
     """Only reading, generating and memory, with fewer rounds."""
-    methods: str | None = None
+    methods: Maybe[str] = None
     """Methods of reading, separated by commas (default: all; TempLoRA needs pip install "locas[peft]")."""
     settings: BenchSettings = field(default_factory=BenchSettings)
     dtype: Dtype = "auto"
     """Precision of the backbone; auto: bfloat16 on CUDA, float32 on CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ...; several, separated by commas, are measured one after another."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
+    output: Annotated[Maybe[str], tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Folder for bench.json and bench.png (pip install "locas[plots]")."""
-    profile: str | None = None
+    profile: Maybe[str] = None
     """Also profile one chunk of this method (such as locas_exact): a table, and with -o a trace for Perfetto."""
     show: OutputOptions = field(default_factory=OutputOptions)
 

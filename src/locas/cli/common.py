@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -19,6 +19,10 @@ from locas.memory import Memory, load
 from locas.run_settings import Text
 from locas.text import Document, collect
 
+T = TypeVar("T")
+# An option that may be left out: its help text says what happens then, and "None" is not something to type.
+Maybe = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
+
 
 class UserError(Exception):
     """Something that the user can mend; its text is shown without a traceback."""
@@ -28,7 +32,7 @@ class UserError(Exception):
 class BackboneOptions:
     """Which backbone, where and how exactly."""
 
-    model: str | None = None
+    model: Maybe[str] = None
     """Checkpoint folder, Hugging Face hub name, tiny-glu (built in; the default) or its two-layer twin tiny-mlp."""
     dtype: Dtype = "auto"
     """Precision of the backbone; auto: bfloat16 on CUDA, float32 on CPU. Memories are always float32."""
@@ -48,15 +52,15 @@ def backbone_memory(path: str, backbone: Backbone) -> Memory:
 class TextOptions:
     """Which text, and how files become text."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
     """Text files, folders (all text files in them, sorted), or - for standard input."""
     gutenberg: bool = False
     """Strip the header and licence of Project Gutenberg e-books."""
     reflow: bool = False
     """Join hard-wrapped lines into paragraphs, one a line."""
-    encoding: str | None = None
+    encoding: Maybe[str] = None
     """Encoding of the files; found out where not given."""
-    max_tokens: int | None = None
+    max_tokens: Maybe[int] = None
     """Read at most so many tokens of each text."""
 
     def collect(self) -> list[Document]:
@@ -156,6 +160,7 @@ def short(path: str | Path) -> str:
 
 __all__ = [
     "BackboneOptions",
+    "Maybe",
     "OutputOptions",
     "TextOptions",
     "UserError",

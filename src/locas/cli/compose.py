@@ -13,7 +13,16 @@ from rich.markup import escape
 from torch import Tensor
 
 from locas.backbone import Backbone
-from locas.cli.common import BackboneOptions, OutputOptions, TextOptions, UserError, backbone_memory, out, print_json
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    TextOptions,
+    UserError,
+    backbone_memory,
+    out,
+    print_json,
+)
 from locas.cli.compress import score_rest
 from locas.compose import compose, subtract
 from locas.composed_fit import FitSettings
@@ -38,11 +47,11 @@ class Compose:
         locas compose both.safetensors --subtract b.safetensors -o a.safetensors
     """
 
-    memories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEMORY")]
+    memories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEMORY", help_behavior_hint="")]
     """Memory files of one backbone."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     """The memory file to write (.safetensors)."""
-    weights: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="W,W,...")] = None
+    weights: Annotated[Maybe[tuple[str, ...]], tyro.conf.arg(metavar="W,W,...")] = None
     """How much of each memory: one number for all, or one for each, in their order (default: 1)."""
     fit: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
     """A text for each memory, in their order: what it has read, or the like: --fit A.txt --fit B.txt."""
@@ -52,14 +61,14 @@ class Compose:
     """With --fit: passes over the texts."""
     fit_text_share: float = _DEFAULT.text_share
     """With --fit: share of the loss that is the texts' own tokens' (as in reading); the rest is the predictions'."""
-    subtract: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    subtract: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """Take this memory out of a composed one again: what is left is what was there before, bit for bit."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     gutenberg: bool = False
     """Strip the header and licence of Project Gutenberg e-books."""
     reflow: bool = False
     """Join hard-wrapped lines into paragraphs, one a line."""
-    encoding: str | None = None
+    encoding: Maybe[str] = None
     """Encoding of the texts; found out where not given."""
     show: OutputOptions = field(default_factory=OutputOptions)
 

@@ -12,7 +12,16 @@ import tyro
 from torch import Tensor
 
 from locas.backbone import Backbone
-from locas.cli.common import BackboneOptions, OutputOptions, TextOptions, UserError, backbone_memory, out, print_json
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    TextOptions,
+    UserError,
+    backbone_memory,
+    out,
+    print_json,
+)
 from locas.compress import Compressed, Method, compress
 from locas.grow import thaw
 from locas.memory import Memory, read
@@ -50,9 +59,9 @@ class Compress:
     """Strip the header and licence of Project Gutenberg e-books."""
     reflow: bool = False
     """Join hard-wrapped lines into paragraphs, one a line."""
-    encoding: str | None = None
+    encoding: Maybe[str] = None
     """Encoding of the files; found out where not given."""
-    max_tokens: int | None = None
+    max_tokens: Maybe[int] = None
     """Look at no more than so many tokens of the text."""
     show: OutputOptions = field(default_factory=OutputOptions)
 

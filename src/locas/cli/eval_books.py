@@ -14,7 +14,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, OutputOptions, UserError, err, out, print_json, short
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json, short
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun
 from locas.evaluate.books import Progress as BooksProgress
@@ -44,31 +44,31 @@ class EvalBooks:
     trained). Options follow a name: locas:rank=8:lr=0.05.
     """
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = ()
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ()
     """Text files, folders (all text files in them, sorted), or - for standard input: one book a file."""
-    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
+    output: Annotated[Maybe[str], tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Folder for losses, results.json, report.html and its pictures; without it nothing is kept."""
     methods: str = METHODS
     """What reads, separated by commas; truncation is added where it is missing."""
     seeds: str = "0"
     """Seeds, separated by commas, for methods with something random."""
-    max_tokens: int | None = None
+    max_tokens: Maybe[int] = None
     """Read at most so many tokens of each book."""
     gutenberg: bool = False
     """Strip the header and licence of Project Gutenberg e-books."""
     reflow: bool = False
     """Join hard-wrapped lines into paragraphs, one a line."""
-    encoding: str | None = None
+    encoding: Maybe[str] = None
     """Encoding of the files; found out where not given."""
-    pg19: str | None = None
+    pg19: Maybe[str] = None
     """Also (or only) read this split of PG-19 from the Hugging Face hub: test, validation or train."""
     pg19_source: str = SOURCE
     """Dataset on the hub, or folder, that --pg19 is loaded from."""
-    max_books: int | None = None
+    max_books: Maybe[int] = None
     """Only so many of the first books."""
-    window: int | None = None
+    window: Maybe[int] = None
     """Tokens that the model sees at once, for every method (default: 2,048 or the backbone's trained context)."""
-    chunk: int | None = None
+    chunk: Maybe[int] = None
     """Tokens that are scored, and then learnt, at once (default: half the window)."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     show: OutputOptions = field(default_factory=OutputOptions)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, OutputOptions, UserError, err, out, print_json
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json
 from locas.evaluate.cells import Cells, finite
 from locas.evaluate.dialogue import DialogueSettings, parse_method, run, setups
 from locas.evaluate.dialogue_figures import summarise
@@ -40,13 +40,13 @@ class EvalDialogue:
     """What answers, separated by commas. none: the question alone; context: the latest turns that fit; bm25: retrieved
     turns; or what has read the conversation (locas, templora-tuned, ...), alone or with +bm25 or +context.
     Hyperparameters follow a name: locas:rank=16."""
-    max_conversations: int | None = None
+    max_conversations: Maybe[int] = None
     """Only so many of the first conversations."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     ask: DialogueSettings = field(default_factory=DialogueSettings)
-    window: int | None = None
+    window: Maybe[int] = None
     """Tokens that the model sees at once while it reads (default: 2,048 or the backbone's trained context)."""
-    chunk: int | None = None
+    chunk: Maybe[int] = None
     """Tokens that are scored, and then learnt, at once (default: half the window)."""
     show: OutputOptions = field(default_factory=OutputOptions)
 

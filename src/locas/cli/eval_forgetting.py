@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, OutputOptions, TextOptions, UserError, err, out, print_json
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, TextOptions, UserError, err, out, print_json
 from locas.evaluate.cells import Cells, finite
 from locas.evaluate.forgetting import ForgettingSettings, book, configs, run, unrelated_text
 from locas.evaluate.forgetting_figures import draw, summarise
@@ -37,7 +37,7 @@ class EvalForgetting:
     text: TextOptions
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
     """Folder for the results."""
-    unrelated: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
+    unrelated: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ()
     """Texts that are not learnt; --gutenberg, --reflow and --encoding hold for them too. Not given: the other books."""
     methods: str = "locas,templora-tuned"
     """What learns, separated by commas; hyperparameters follow a name: locas:tau_scale=64."""
@@ -51,17 +51,17 @@ class EvalForgetting:
     """Tokens of each book, right after those that are learnt, on which the gain is measured."""
     unrelated_tokens: int = 4096
     """Tokens of each unrelated text, from its middle on."""
-    mmlu: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    mmlu: Annotated[Maybe[str], tyro.conf.arg(metavar="DIR")] = None
     """Folder with MMLU as test/SUBJECT_test.csv and dev/SUBJECT_dev.csv."""
-    mmlu_limit: int | None = None
+    mmlu_limit: Maybe[int] = None
     """Questions of each subject; default: all."""
-    mmlu_shots: int | None = None
+    mmlu_shots: Maybe[int] = None
     """Solved examples before each question; default: 5, or 0 for a backbone of less than 2,048 tokens."""
     mmlu_subjects: str = ""
     """Only these subjects, separated by commas."""
-    window: int | None = None
+    window: Maybe[int] = None
     """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
-    chunk: int | None = None
+    chunk: Maybe[int] = None
     """Tokens that are scored, and then learnt, at once (default: half the window)."""
     seed: int = 0
     """Of everything random."""

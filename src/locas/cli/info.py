@@ -18,8 +18,10 @@ from locas.unmerge import read_manifest
 class Info:
     """What a memory file contains: backbone, shape, what it has read, its settings.
 
-    locas info book.safetensors
-    locas info merged
+    Of a folder that `locas merge` wrote: which memories are in it.
+
+        locas info book.safetensors
+        locas info merged
     """
 
     file: Annotated[str, tyro.conf.Positional]

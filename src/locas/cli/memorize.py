@@ -18,6 +18,7 @@ from rich.table import Table
 
 from locas.cli.common import (
     BackboneOptions,
+    Maybe,
     OutputOptions,
     TextOptions,
     UserError,
@@ -57,7 +58,7 @@ class Memorize:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     """The memory file to write (.safetensors); with --batch, the folder for the memory files."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """Go on with this memory; its rank, layers and initialisation stay as they are."""
     grow: int = 0
     """With --memory: add so many slots to each layer, made from the first text (--init, --seed)."""
@@ -69,7 +70,7 @@ class Memorize:
     """Step-wise Locas-MLP: NL-SVD leaves so many of --rank full slots (paper: half), filling goes on; 0: no cycle."""
     compare: bool = False
     """Also read every text without memory, and show the difference (costs about the time of reading)."""
-    batch: int | None = None
+    batch: Maybe[int] = None
     """Read each text into a memory of its own, so many side by side; -o is then a folder."""
     resume: bool = False
     """Go on where a stopped run of the same settings left off; start afresh where there is none."""
@@ -79,7 +80,7 @@ class Memorize:
     """Settings that other flags change. paper: output scale, write rule and rate as published; default: our sweep's."""
     layers: str = "all"
     """Layers that get a memory: all, upper-half, or numbers such as 0,3-5."""
-    init_tokens: int | None = None
+    init_tokens: Maybe[int] = None
     """Tokens that choose the basis; not given: the first chunk. With more, it depends on text not scored yet."""
     initialise: InitSettings = field(default_factory=InitSettings)
     read: ReadSettings = field(default_factory=ReadSettings)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from locas.cli.common import OutputOptions, err, out, print_json, short
+from locas.cli.common import Maybe, OutputOptions, err, out, print_json, short
 from locas.merge import MEMORIES, MergeDtype, OnProgress, merge
 from locas.unmerge import memory_names, unmerge
 
@@ -27,11 +27,11 @@ class Merge:
         locas merge a.safetensors b.safetensors -o merged --model Qwen/Qwen3-0.6B-Base
     """
 
-    memories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEMORY")]
+    memories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEMORY", help_behavior_hint="")]
     """Memory files of one backbone; their effects add up."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
     """The folder to make."""
-    model: str | None = None
+    model: Maybe[str] = None
     """The backbone: a folder, a hub name, or a built-in one. Not given: what the first memory names."""
     align: int = 256
     """The new FFN width is a multiple of this; 256 suits 4-bit kernels and GGUF, 1024 tensor parallelism."""
@@ -68,7 +68,9 @@ class Merge:
 class Unmerge:
     """Give back the checkpoint that a merged one was made from, byte for byte, and the memories as files.
 
-    locas unmerge merged -o original
+    Nothing is written unless both come out as they were: checksums are compared first.
+
+        locas unmerge merged -o original
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]

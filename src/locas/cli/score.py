@@ -13,6 +13,7 @@ from rich.progress import track
 from locas.backbone import Backbone
 from locas.cli.common import (
     BackboneOptions,
+    Maybe,
     OutputOptions,
     TextOptions,
     backbone_memory,
@@ -39,11 +40,11 @@ class ScoreText:
 
     text: TextOptions
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone."""
-    window: int | None = None
+    window: Maybe[int] = None
     """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
-    chunk: int | None = None
+    chunk: Maybe[int] = None
     """Tokens that are scored at once, each with at least window - chunk tokens before them (default: half)."""
     show: OutputOptions = field(default_factory=OutputOptions)
 

@@ -13,7 +13,7 @@ import tyro
 from torch import Tensor
 
 from locas.backbone import Backbone
-from locas.cli.common import BackboneOptions, OutputOptions, UserError, backbone_memory, err, out, print_json
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, backbone_memory, err, out, print_json
 from locas.forward import device_of, trained_context
 from locas.initialise import InitSettings
 from locas.memory import Memory, create, read
@@ -46,13 +46,15 @@ class SamplingOptions:
 class Generate:
     """Continue a prompt, with a memory or without.
 
-    locas generate "Call me" --memory moby.safetensors --compare
+    Tokens are drawn at random, the same ones for the same --seed; --temperature 0 takes the likeliest.
+
+        locas generate "Call me" --memory moby.safetensors --compare
     """
 
     prompt: Annotated[str, tyro.conf.Positional]
     """The text to continue; - reads it from standard input."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone."""
     compare: bool = False
     """Also continue without the memory."""
@@ -89,7 +91,7 @@ class Chat:
     """
 
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    memory: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone; with --learn it is created where it does not exist."""
     learn: bool = False
     """Write each exchange into the memory file."""
