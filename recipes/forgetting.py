@@ -121,7 +121,7 @@ def table(result: dict[str, Any]) -> str:
                 for x in pair["at"]
                 if x["ratio"] is not None
             ]
-            parts.append("KL at equal gain, on the two methods' frontiers:\n")
+            parts.append("KL at equal gain: the least of any rank, step size and scale, interpolated between scales.\n")
             parts.append(markdown(["gain", pair["method"], pair["against"], "ratio"], rows))
     parts += [_mmlu(result["mmlu"])] if result["mmlu"] else []
     parts += [f"{row['label']} diverged on {row['book']}.\n" for row in result["failed"]]

@@ -23,7 +23,7 @@ from locas.evaluate.forgetting import (
     run,
     unrelated_text,
 )
-from locas.evaluate.forgetting_figures import equal_gain, frontier, summarise
+from locas.evaluate.forgetting_figures import equal_gain, least_kl, summarise
 from locas.evaluate.learners import Locas, make
 from locas.evaluate.mmlu import read_csv
 from locas.stream import Reader, ReadSettings
@@ -320,27 +320,33 @@ def test_other_configurations_are_refused(methods: list[str], factors: list[floa
 # -------------------------------------------------------------------- figures
 
 
-def point(gain: float, kl: float) -> dict[str, Any]:
-    return {"gain": gain, "kl": kl}
+def point(gain: float, kl: float, label: str = "x", scale: float = 1.0) -> dict[str, Any]:
+    return {"gain": gain, "kl": kl, "label": label, "scale": scale}
 
 
-def test_the_frontier_holds_what_no_other_beats() -> None:
-    points = [point(0.1, 0.04), point(0.1, 0.01), point(0.05, 0.02), point(0.2, 0.09), point(-0.1, 0.001)]
-    assert frontier(points) == [(-0.1, 0.001), (0.1, 0.01), (0.2, 0.09)]
-    assert frontier([]) == []
+def test_the_least_kl_is_what_is_worked_out_by_hand() -> None:
+    dialled = [point(0.1, 0.01, "x", 0.5), point(0.2, 0.09, "x", 1.0)]
+    assert least_kl(dialled, 0.05) == pytest.approx(0.0025)  # from scale 0, where the root of KL is 0
+    assert least_kl(dialled, 0.15) == pytest.approx(0.04)  # halfway between the roots 0.1 and 0.3
+    assert least_kl(dialled, 0.2) == pytest.approx(0.09)
+    assert least_kl(dialled, 0.21) == math.inf  # nothing is extrapolated
+    too_far = [*dialled, point(0.1, 0.36, "x", 2.0)]  # past the best scale: less gain for more KL
+    assert least_kl(too_far, 0.15) == pytest.approx(0.04)
+    assert least_kl([*dialled, point(0.16, 0.03, "y")], 0.15) == pytest.approx(0.03)  # another configuration, as it is
+    assert least_kl([point(0.3, 0.04, "y"), point(0.1, 0.01, "z")], 0.05) == pytest.approx(0.01)
+    assert least_kl([], 0.1) == math.inf
 
 
 def test_kl_at_equal_gain_is_what_is_worked_out_by_hand() -> None:
-    ours = [point(0.0, 0.0), point(0.2, 0.04)]  # root of KL = gain
-    theirs = [point(0.1, 0.04), point(0.3, 0.36)]  # root of KL = 2 * gain
+    ours = [point(0.1, 0.01, "x", 0.5), point(0.2, 0.04, "x", 1.0)]  # root of KL = gain
+    theirs = [point(0.1, 0.04, "y", 0.5), point(0.3, 0.36, "y", 1.0)]  # root of KL = 2 * gain
     found = equal_gain(ours, theirs)
-    assert [round(x["gain"], 12) for x in found] == [0.1, 0.125, 0.15, 0.175, 0.2]
-    assert [x["kl"] for x in found] == pytest.approx([g**2 for g in (0.1, 0.125, 0.15, 0.175, 0.2)])
+    assert [round(x["gain"], 12) for x in found] == [0.04, 0.08, 0.12, 0.16, 0.2]
+    assert [x["kl"] for x in found] == pytest.approx([x["gain"] ** 2 for x in found])
     assert [x["kl_against"] for x in found] == pytest.approx([4 * x["gain"] ** 2 for x in found])
     assert [x["ratio"] for x in found] == pytest.approx([0.25] * 5)
-    assert equal_gain(ours, [point(0.5, 0.1)]) == []  # nothing is extrapolated
-    (only,) = equal_gain(ours, [point(0.1, 0.02)])
-    assert (only["kl"], only["kl_against"]) == pytest.approx((0.01, 0.02))
+    assert equal_gain(ours, [point(-0.1, 0.1, "y")]) == []
+    assert equal_gain(ours, []) == []
 
 
 def test_points_are_means_over_books_and_those_without_all_books_are_not_compared() -> None:
@@ -368,7 +374,7 @@ def test_points_are_means_over_books_and_those_without_all_books_are_not_compare
     assert (x["gain"], x["kl"], x["books"], z["books"]) == (pytest.approx(0.2), pytest.approx(0.02), 2, 1)
     assert 0.1 <= x["gain_low"] <= 0.2 <= x["gain_high"] <= 0.3
     (pair,) = found["at_equal_gain"]
-    assert [p["ratio"] for p in pair["at"]] == pytest.approx([0.25])
+    assert [p["ratio"] for p in pair["at"]] == pytest.approx([0.25] * 5)
 
 
 def test_cells_are_on_the_disk_at_once_and_their_names_depend_on_everything(tmp_path: Path) -> None:

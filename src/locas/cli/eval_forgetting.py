@@ -165,7 +165,7 @@ def comparisons(summary: dict[str, Any]) -> list[str]:
     lines = []
     for pair in summary["at_equal_gain"]:
         if not pair["at"]:
-            lines.append(f"{pair['method']} and {pair['against']}: no gain that both reach")
+            lines.append(f"{pair['method']} and {pair['against']}: one of them gains nothing")
         for x in pair["at"]:
             lines.append(
                 f"at a gain of {x['gain']:.4f}: KL {x['kl']:.4f} with {pair['method']}, {x['kl_against']:.4f} with "

@@ -58,48 +58,49 @@ def _point(rows: Sequence[Row]) -> Row:
     return point
 
 
-def frontier(points: Sequence[Row]) -> list[tuple[float, float]]:
-    """(gain, KL) of the points that no other beats in both, by rising gain."""
-    known = [(p["gain"], p["kl"]) for p in points if p["gain"] is not None and p["kl"] is not None]
-    best: list[tuple[float, float]] = []
-    for gain, kl in sorted(known, key=lambda x: (-x[0], x[1])):
-        if not best or kl < best[-1][1]:
-            best.append((gain, kl))
-    return best[::-1]
+def least_kl(points: Sequence[Row], gain: float) -> float:
+    """The least KL at which one of a method's configurations gains at least so much; infinite where none does.
+
+    A configuration of several scales is a curve that begins at scale 0, where gain and KL are 0. Between two
+    neighbouring scales the root of KL is taken to be linear in the gain: KL grows with the square of a small change,
+    gain with the change. Between configurations nothing is interpolated, beyond them nothing extrapolated.
+
+    Args:
+        points: with label, scale, gain, kl.
+        gain: nats per token, more than 0.
+    """
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for p in points:
+        if p["gain"] is not None and p["kl"] is not None:
+            curves.setdefault(p["label"], []).append((p["scale"], p["gain"], p["kl"]))
+    best = math.inf
+    for curve in curves.values():
+        dialled = sorted([*curve, (0.0, 0.0, 0.0)] if len(curve) > 1 else curve)
+        best = min([best, *(kl for _, reached, kl in dialled if reached >= gain)])
+        for (_, g0, k0), (_, g1, k1) in itertools.pairwise(dialled):
+            if min(g0, g1) < gain < max(g0, g1):
+                part = (gain - g0) / (g1 - g0)
+                best = min(best, (math.sqrt(max(0.0, k0)) * (1 - part) + math.sqrt(max(0.0, k1)) * part) ** 2)
+    return best
 
 
 def equal_gain(ours: Sequence[Row], theirs: Sequence[Row]) -> list[dict[str, float]]:
-    """KL of two methods' frontiers at gains that both reach.
-
-    Between two points of a frontier the root of KL is taken to be linear in the gain: KL grows with the square of a
-    small change, gain with the change. Nothing is extrapolated.
+    """KL of two methods at gains that both reach, see `least_kl`.
 
     Returns:
-        gain, kl, kl_against, ratio (kl / kl_against) at `GAINS_COMPARED` gains; nothing where the two do not overlap.
+        gain, kl, kl_against, ratio (kl / kl_against) at `GAINS_COMPARED` gains, evenly spaced up to the largest that
+        both reach; nothing where one of them gains nothing.
     """
-    one, other = frontier(ours), frontier(theirs)
-    if not one or not other:
-        return []
-    low, high = max(one[0][0], other[0][0]), min(one[-1][0], other[-1][0])
-    if low > high:
-        return []
-    steps = 1 if low == high else GAINS_COMPARED
+    most = min(
+        max((p["gain"] for p in of if p["gain"] is not None and p["kl"] is not None), default=0.0)
+        for of in (ours, theirs)
+    )
     found = []
-    for i in range(steps):
-        gain = low + (high - low) * i / max(1, steps - 1)
-        kl, against = _kl_at(one, gain), _kl_at(other, gain)
+    for i in range(1, GAINS_COMPARED + 1) if most > 0 else ():
+        gain = most * (i / GAINS_COMPARED)
+        kl, against = least_kl(ours, gain), least_kl(theirs, gain)
         found.append({"gain": gain, "kl": kl, "kl_against": against, "ratio": kl / against if against else math.inf})
     return found
-
-
-def _kl_at(front: Sequence[tuple[float, float]], gain: float) -> float:
-    if len(front) == 1:
-        return front[0][1]
-    for (g0, k0), (g1, k1) in itertools.pairwise(front):
-        if gain <= g1 or (g1, k1) == front[-1]:
-            part = min(1.0, max(0.0, (gain - g0) / (g1 - g0)))
-            return (math.sqrt(max(0.0, k0)) * (1 - part) + math.sqrt(max(0.0, k1)) * part) ** 2
-    raise AssertionError(f"a gain of {gain} is not on the frontier {front}")
 
 
 def _mmlu(result: dict[str, Any]) -> dict[str, Any] | None:
