@@ -159,7 +159,30 @@ def books(report: Row) -> str:
                 ["book", "tokens", "perplexity without", "with", "change", "bits per byte without", "with"], lines
             )
         )
+    tables.append(against_default([row for rows in settings.values() for row in rows]))
     return "## Development books, read online (every token scored before it is learnt)\n" + "\n".join(tables)
+
+
+def against_default(rows: list[Row]) -> str:
+    """What other settings do to the loss of reading with the default ones, book by book."""
+    default = {(row["book"], row["tokens"]): row["nll"] for row in rows if row["settings"]["name"] == "default"}
+    changes: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name, at = row["settings"]["name"], (row["book"], row["tokens"])
+        if name != "default" and at in default:
+            changes.setdefault(name, {})[row["book"]] = 100 * (row["nll"] / default[at] - 1)
+    if not changes:
+        return ""
+    books_ = sorted({book for found in changes.values() for book in found}, key=lambda book: book.zfill(9))
+    lines = [
+        [
+            name,
+            f"{sum(found.values()) / len(found):+.2f}%",
+            *(f"{found[b]:+.2f}%" if b in found else "" for b in books_),
+        ]
+        for name, found in changes.items()
+    ]
+    return "### Change of the loss against the default settings\n\n" + markdown(["setting", "mean", *books_], lines)
 
 
 def sweep(report: Row) -> str:
