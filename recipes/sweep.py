@@ -89,6 +89,17 @@ def grids() -> dict[str, list[Entry]]:
             Entry("upper half", layers=(3, 4, 5)),
             Entry("upper half, context kept", read=READ(reuse=True), layers=(3, 4, 5)),
         ],
+        "kept chunk": [  # with the context kept, short chunks cost little more than long ones
+            Entry(f"context kept, chunk {c}{more}", read=READ(reuse=True, chunk=c, write=write))
+            for c, more, write in (
+                (1024, "", WRITE()),
+                (512, "", WRITE()),
+                (256, "", WRITE()),
+                (256, ", held for 32", WRITE(hold=32)),
+                (256, ", momentum 0.7", WRITE(momentum=0.7)),
+                (128, "", WRITE()),
+            )
+        ],
         "window": [
             Entry(f"window {w}, chunk {c}", read=READ(window=w, chunk=c))
             for w, c in ((512, 256), (1024, 512), (2048, 256), (2048, 512), (2048, 1024))
