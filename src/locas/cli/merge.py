@@ -68,7 +68,7 @@ class Merge:
 class Unmerge:
     """Give back the checkpoint that a merged one was made from, byte for byte, and the memories as files.
 
-    Nothing is written unless both come out as they were: checksums are compared first.
+    The folder gets its name when all of it is written and the checkpoint's hashes are what they were.
 
         locas unmerge merged -o original
     """
