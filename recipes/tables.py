@@ -1,4 +1,7 @@
-"""Write docs/results.md from the result files: `python recipes/tables.py`. Nothing in it is typed by hand."""
+"""Write docs/results.md and the README's tables from the result files: `python recipes/tables.py`.
+
+Nothing on that page is typed by hand, nor between the README's marks, `<!-- results/NAME.json -->` to `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,21 @@ from locas.evaluate.statistics import paired_bootstrap
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 BACKBONES = ROOT / "src" / "locas" / "backbones"
+PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- results/(\S+\.json) -->\n).*?(<!-- end -->)", re.S)
 Row = dict[str, Any]
 
 
 def main() -> int:
-    """Writes the page; says which result files are missing."""
+    """Writes the page and the README's tables."""
+    PAGE.write_text(page())
+    README.write_text(with_tables(README.read_text()))
+    return 0
+
+
+def page() -> str:
+    """docs/results.md; says on standard error which result files are missing."""
     parts = [backbones()]
     carried = {weights_sha256(locas.load_backbone(name, device="cpu").model) for name in built_in()}
     sections = (
@@ -53,8 +66,53 @@ def main() -> int:
         if not paths:
             print(f"{RESULTS / name}.json is missing", file=sys.stderr)
     head = "# Results\nGenerated from `results/*.json` by `python recipes/tables.py`.\n"
-    (ROOT / "docs" / "results.md").write_text("\n".join([head, contents(parts), *parts]))
-    return 0
+    return "\n".join([head, contents(parts), *parts])
+
+
+def with_tables(text: str) -> str:
+    """The text with what stands between its marks made anew from the file that each mark names."""
+
+    def table(mark: re.Match[str]) -> str:
+        return mark[1] + brief(json.loads((RESULTS / mark[2]).read_text())) + mark[3]
+
+    return MARKED.sub(table, text)
+
+
+def brief(report: Row) -> str:
+    """Test books in one table: each method's loss, its distance from truncated reading, ours from it, and its cost."""
+    apart = {(p["method"], p["minus"]): p for p in report["paired"]}
+
+    def distance(method: str, minus: str, sign: int) -> str:
+        if (method, minus) not in apart:
+            return ""
+        p = apart[method, minus]
+        low, high = sorted(sign * p[end] for end in ("low", "high"))
+        better = p["better_on"] if sign == 1 else p["books"] - p["better_on"]
+        return f"{sign * p['mean']:+.3f} [{low:+.3f}, {high:+.3f}], {better} of {p['books']}"
+
+    lines = [
+        [
+            f"`{name}`",
+            f"{m['perplexity']:.1f}",
+            f"{m['bits_per_byte']:.3f}",
+            distance(name, "truncation", 1),
+            distance(name, "locas", -1),
+            f"{m['parameters']:,}",
+            f"{m['relative_time']:.1f}",
+            f"{m['relative_memory']:.1f}",
+        ]
+        for name, m in report["methods"].items()
+    ]
+    header = ["perplexity", "bits per byte", "minus truncation's", "Locas's minus its", "parameters", "time", "memory"]
+    return markdown([extent(report), *header], lines)
+
+
+def extent(report: Row) -> str:
+    """How much of which books, e.g. "24 books, the first 12,288 tokens of each"."""
+    tokens = [b["tokens"] for b in report["books"]]
+    cut = tokens.count(max(tokens)) > 1  # no two whole books have the same length
+    part = f"the first {max(tokens):,} tokens of each" if cut else f"whole: {sum(tokens):,} tokens"
+    return f"{len(report['books'])} books, {part}"
 
 
 def contents(parts: list[str]) -> str:
@@ -217,10 +275,9 @@ def headline(report: Row) -> str:
             ]
         )
     header = ["method", "bits per byte", "perplexity", "mean of chunks'", "parameters", "time", "memory"]
-    books, tokens = len(report["books"]), sum(b["tokens"] for b in report["books"])
     seeds = ", ".join(map(str, report["seeds"]))
     text = (
-        f"## Test books: {books} books, {tokens:,} tokens\nSeeds {seeds}. Perplexity is exp of the mean loss; the mean "
+        f"## Test books: {extent(report)}\nSeeds {seeds}. Perplexity is exp of the mean loss; the mean "
         "of chunks' is TempLoRA's definition. Time and memory are relative to truncated reading, in the same run.\n\n"
     )
     return text + markdown(header, lines) + "\n" + _marks(methods) + _pairs(report["paired"]) + _per_book(report)

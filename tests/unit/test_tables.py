@@ -1,0 +1,40 @@
+"""The results page and the README's tables are what the result files say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+import tables  # noqa: E402
+
+
+def test_the_page_is_made_from_the_files_as_they_are() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == tables.page(), "run python recipes/tables.py"
+
+
+def test_the_readme_has_the_figures_of_the_files() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(tables.MARKED.findall(readme)) >= 2
+    assert tables.with_tables(readme) == readme, "run python recipes/tables.py"
+
+
+def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in tables.RESULTS.glob("books_*.json"):
+        report = json.loads(path.read_text())
+        report["methods"]["locas"]["perplexity"] = 12345.6
+        (tmp_path / path.name).write_text(json.dumps(report))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.with_tables(readme).count("12345.6") == len(tables.MARKED.findall(readme))
+
+
+def test_a_difference_is_turned_round_with_its_interval_and_count() -> None:
+    cost = {"perplexity": 2.0, "bits_per_byte": 1.0, "parameters": 1, "relative_time": 1.0, "relative_memory": 1.0}
+    pair = {"method": "other", "minus": "locas", "mean": 0.02, "low": 0.01, "high": 0.04, "better_on": 1, "books": 5}
+    report = {"methods": {"other": cost}, "paired": [pair], "books": [{"tokens": 7}, {"tokens": 7}, {"tokens": 3}]}
+    table = tables.brief(report)
+    assert "-0.020 [-0.040, -0.010], 4 of 5" in table
+    assert "3 books, the first 7 tokens of each" in table
