@@ -16,6 +16,7 @@ NAMES = {
     "locas_exact_upper": "the same, memory in some layers",
     "locas_reuse": "read + learn, context kept",
     "locas_reuse_upper": "the same, memory in some layers",
+    "locas_reuse_short": "the same, all layers, chunks a quarter as long",
     "templora": "TempLoRA as published (PEFT)",
 }
 

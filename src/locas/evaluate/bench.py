@@ -11,6 +11,7 @@ weights: large shapes are measured with random ones.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from locas.sites import find_sites
 from locas.stream import Reader, ReadSettings
 
 REFERENCE = "truncation"
+_SHORT = 4  # short chunks: so many in place of one, or fewer where it is not divisible by that
 _FULL = 3  # chunks: the window is full at the second, the write rule's state there at the first
 
 
@@ -127,12 +129,19 @@ def reading(
 def methods_of(
     backbone: Backbone, settings: BenchSettings, ids: Tensor
 ) -> dict[str, Callable[[], Callable[[], object]]]:
-    """By name, what begins to read `ids` and returns what reads the next chunk."""
+    """By name, what begins to read `ids` and returns what reads the next chunk, or the short ones in its place."""
     read = replace(settings.read, start_in_every_window=backbone.start_in_every_window)
+    _, chunk = read.sizes(backbone.model)
 
     def memory(layers: str, reuse: bool) -> Callable[[], object]:
         bank = new_bank(backbone, settings, ids, layers)
         return Reader(backbone.model, bank, [ids], replace(read, reuse=reuse), start_id=backbone.start_id).next_chunk
+
+    def short() -> Callable[[], object]:
+        bank, parts = new_bank(backbone, settings, ids), math.gcd(chunk, _SHORT)
+        own = replace(read, reuse=True, chunk=chunk // parts)
+        reader = Reader(backbone.model, bank, [ids], own, start_id=backbone.start_id)
+        return lambda: [record for _ in range(parts) for record in reader.next_chunk()]
 
     def plain(reuse: bool) -> Callable[[], object]:
         return Reader(backbone.model, None, [ids], replace(read, reuse=reuse), start_id=backbone.start_id).next_chunk
@@ -147,6 +156,7 @@ def methods_of(
         "locas_exact_upper": lambda: memory(settings.upper, False),
         "locas_reuse": lambda: memory("all", True),
         "locas_reuse_upper": lambda: memory(settings.upper, True),
+        "locas_reuse_short": short,
         "templora": lambda: learner("templora-paper"),
     }
 

@@ -15,6 +15,7 @@ _LABELS = {
     "locas_exact_upper": "Locas, exact, upper layers",
     "locas_reuse": "Locas, context kept",
     "locas_reuse_upper": "Locas, context kept, upper layers",
+    "locas_reuse_short": "Locas, context kept, short chunks",
     "templora": "TempLoRA",
 }
 
