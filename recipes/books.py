@@ -7,7 +7,9 @@
 Baselines run with the settings that `recipes/tune_baselines.py` chose on the development books. Losses, page and
 pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on, and
 beginnings of what was read further are not read again. Two processes may work on different books (--books) with one
-folder; a last run over all of them puts the results together.
+folder; a last run over all of them puts the results together. With --join a method is added to results that are there:
+
+    python recipes/books.py ../shared/data/books/test -o runs/books --methods lora-eva --join results/books.json
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 
 from locas.cli import main as locas
 from locas.evaluate.book import Method
+from locas.evaluate.books_figures import joined
 from locas.evaluate.weights import RECIPES
 from locas.store import write_atomically
 
@@ -28,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 METHODS = (
     "truncation",
     "locas",
+    "locas:reuse=true:chunk=256",
     "locas-paper",
     "templora-paper",
     "templora-tuned",
@@ -64,6 +68,7 @@ def main() -> int:
     parser.add_argument("--model", help="backbone (default: the built-in one)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--tuned", type=Path, default=ROOT / "results" / "tune_baselines.json")
+    parser.add_argument("--join", type=Path, help="earlier results on the same books, whose methods are kept")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "books.json")
     args = parser.parse_args()
     if args.threads:
@@ -76,7 +81,10 @@ def main() -> int:
     command += ["--model", args.model] if args.model else []
     status = locas(command)
     if status == 0 and not args.books:
-        write_atomically(args.results, (args.output / "results.json").read_bytes())
+        found = json.loads((args.output / "results.json").read_text())
+        if args.join:
+            found = joined(json.loads(args.join.read_text()), found, methods(list(METHODS), args.tuned))
+        write_atomically(args.results, (json.dumps(found, indent=1) + "\n").encode())
     return status
 
 

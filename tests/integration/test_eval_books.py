@@ -15,7 +15,7 @@ import locas.cli
 from locas.backbone import load_backbone
 from locas.evaluate.book import Book, Method, load_text
 from locas.evaluate.books import BooksRun, load_losses
-from locas.evaluate.books_figures import results
+from locas.evaluate.books_figures import joined, results
 from locas.evaluate.cells import finite
 from locas.evaluate.pg19 import from_rows, pg19
 from locas.evaluate.report import write_report
@@ -150,6 +150,31 @@ def test_what_is_there_is_not_measured_again(
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert {k: after["methods"][k] for k in before["methods"]} == before["methods"]
     assert list(after["methods"]) == [*before["methods"], "dynamic"]
+
+
+def test_a_method_is_added_to_earlier_results(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    _, found = evaluated
+
+    def only(*names: str) -> dict[str, Any]:
+        report = json.loads(json.dumps(found))
+        report["methods"] = {name: report["methods"][name] for name in names}
+        report["settings"]["methods"] = {name: report["settings"]["methods"][name] for name in names}
+        report["paired"] = [p for p in found["paired"] if {p["method"], p["minus"]} <= {*names}]
+        return report
+
+    truncation, ours, theirs = found["methods"]
+    later, earlier = only(truncation, ours), only(truncation, theirs)
+    assert joined(earlier, later, [truncation, ours]) == found
+    assert list(joined(earlier, later)["methods"]) == [truncation, theirs, ours]
+
+    earlier["methods"][truncation]["per_book"]["one.txt"]["bits_per_byte"] += 0.001
+    with pytest.raises(ValueError, match=r"truncation needs .* on one.txt in one and .* in the other"):
+        joined(earlier, later)
+    earlier["books"][0]["tokens"] -= 1
+    with pytest.raises(ValueError, match="the books differ"):
+        joined(earlier, later)
+    with pytest.raises(ValueError, match="backbone is"):
+        joined(later, later | {"backbone": later["backbone"] | {"name": "other"}})
 
 
 def test_a_stopped_run_goes_on(library: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from families import tiny_model
 from helpers import same_bytes, snapshot, text
 from locas.backbone import Backbone
 from locas.cli.memorize import PRESETS
+from locas.evaluate.book import Method
 from locas.evaluate.changes import Lora, down_projections
 from locas.evaluate.learners import LEARNERS, MEMORIES, Locas, make, resolve
 from locas.evaluate.memory_use import peak_bytes, size_of
@@ -419,6 +420,13 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 
 # -------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("True", True), ("false", False), ("False", False)])
+def test_an_option_that_is_on_or_off_is_read_as_such(text: str, value: bool) -> None:
+    method = Method.parse(f"truncation:reuse={text}:chunk=8")
+    setup = resolve(method.name, backbone(), READ, method.options)
+    assert (setup.read.reuse, setup.read.chunk, setup.init) == (value, 8, None)
 
 
 def test_wrong_methods_options_and_uses_are_explained() -> None:

@@ -103,8 +103,8 @@ def _option(method: str, text: str) -> tuple[str, Option]:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise ValueError(f"the option {text!r} in {method!r} is not understood; write it as rank=16")
-    if value in ("True", "False"):
-        return key, value == "True"
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
     for kind in (int, float):
         try:
             return key, kind(value)

@@ -16,6 +16,7 @@ from locas.metrics import Score, brief
 FORMAT, VERSION = "locas-books", 1
 MARKS_TOKENS = (50_000, 100_000, 150_000, 200_000)  # where the literature reports
 Figures = dict[str, Any]
+_ALIKE_BITS = 1e-4  # by which one method may differ between two readings: rounding on another machine
 
 
 def results(run: BooksRun) -> Figures:
@@ -42,6 +43,51 @@ def results(run: BooksRun) -> Figures:
         "methods": methods,
         "paired": _pairs(methods),
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "over": "books", "seed": 0},
+    }
+
+
+def joined(earlier: Figures, later: Figures, order: Sequence[str] = ()) -> Figures:
+    """Two result files on the same books as one, so that a method can be added without reading all of them again.
+
+    Args:
+        earlier: a result file.
+        later: another; where both have a method, its figures are taken.
+        order: labels of methods in the order wanted; others follow.
+
+    Raises:
+        ValueError: other books, another backbone, or a method that both have and that does not read alike in them.
+    """
+    for key in ("format", "version", "backbone", "bootstrap"):
+        if earlier[key] != later[key]:
+            raise ValueError(f"these results cannot be joined: {key} is {earlier[key]} and {later[key]}")
+    kinds = [{(b["name"], b["tokens"], b["sha256"]) for b in report["books"]} for report in (earlier, later)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"these results cannot be joined: the books differ, {sorted(kinds[0] - kinds[1])} and "
+            f"{sorted(kinds[1] - kinds[0])} are in one of them only"
+        )
+    for name in earlier["methods"].keys() & later["methods"].keys():
+        one, other = earlier["methods"][name]["per_book"], later["methods"][name]["per_book"]
+        for book in one:
+            bits = [one[book]["bits_per_byte"], other[book]["bits_per_byte"]]
+            if abs(bits[0] - bits[1]) > _ALIKE_BITS:
+                raise ValueError(
+                    f"these results cannot be joined: {name} needs {bits[0]:.6f} bits per byte on {book} in one and "
+                    f"{bits[1]:.6f} in the other; what was measured has changed, measure it again"
+                )
+
+    def place(label: str) -> int:
+        return order.index(label) if label in order else len(order)
+
+    methods = earlier["methods"] | later["methods"]
+    methods = {label: methods[label] for label in sorted(methods, key=place)}
+    settings = earlier["settings"]["methods"] | later["settings"]["methods"]
+    return later | {
+        "measured_at_commits": sorted({*earlier["measured_at_commits"], *later["measured_at_commits"]}),
+        "seeds": sorted({*earlier["seeds"], *later["seeds"]}),
+        "settings": later["settings"] | {"methods": {label: settings[label] for label in methods}},
+        "methods": methods,
+        "paired": _pairs(methods),
     }
 
 

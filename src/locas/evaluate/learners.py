@@ -209,12 +209,16 @@ def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Opti
     elif name in MEMORIES:
         setup, more = _memory_setup(setup, backbone, left)
         allowed += more
+    else:
+        setup = replace(setup, read=_take(name, setup.read, left, _KEPT_CONTEXT))
+        allowed += _KEPT_CONTEXT
     if left:
         raise ValueError(f"{name} has no option {', '.join(map(repr, left))}; it has {', '.join(allowed)}")
     return setup
 
 
 MEMORIES = ("locas", "locas-paper")
+_KEPT_CONTEXT = ["reuse", "refresh", "sinks"]
 
 
 def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tuple[Setup, list[str]]:
@@ -224,7 +228,7 @@ def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tup
         paper = PRESETS["paper"]
         init, read = paper.init, replace(read, write=paper.read.write)
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
-    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", "reuse", "refresh", "sinks"]
+    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", *_KEPT_CONTEXT]
     layers = str(left.pop("layers", "all"))
     parse_layers(layers, len(find_sites(backbone.model)))
     read = replace(_take(name, read, left, of_read), write=_take(name, read.write, left, of_write))
