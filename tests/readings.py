@@ -14,12 +14,12 @@ from locas.write import Rule, WriteSettings
 
 # (family, memory): a gated family, one with step-wise slots, one without an FFN module.
 KINDS = ["qwen2", "gpt2", "opt"]
-READ = ReadSettings(window=17, chunk=7, write=WriteSettings(lr=0.1))
+READ = ReadSettings(window=17, chunk=7, write=WriteSettings(lr=0.1, damping=0.1))
 CHUNK, PREFIX = 11, 31  # longer than the sliding windows of the tiny models, so that those have masks of two kinds
 
 
 def reading(rule: Rule = "muon", steps: int = 1, **more: Any) -> ReadSettings:
-    return ReadSettings(window=17, chunk=7, steps=steps, write=WriteSettings(rule, lr=0.05), **more)
+    return ReadSettings(window=17, chunk=7, steps=steps, write=WriteSettings(rule, lr=0.05, damping=0.1), **more)
 
 
 def learn(model: nn.Module, bank: Bank) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def _distil(
     """Passes over all texts' windows in a seeded order, one step a window."""
     windows = [(part, window) for part, mine in zip(parts, work, strict=True) for window in mine]
     longest = max(window.numel() for _, window in windows)
-    writer = Writer(bank, WriteSettings("muon", settings.lr, floor=1.0, momentum=0.9))
+    writer = Writer(bank, WriteSettings("muon", settings.lr, floor=1.0, momentum=0.9, damping=None))
     generator = torch.Generator().manual_seed(0)
     steps = settings.epochs * len(windows)
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(settings.epochs)])

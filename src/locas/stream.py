@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from locas.attach import attached, check_fit
 from locas.bank import Bank
+from locas.curvature import Curvature
 from locas.forward import IGNORED, chunk_nll, device_of, find_head, frozen
 from locas.initialise import empty_slots, fill_slots, stepwise_rows
 from locas.prefix import KeptPrefix, prefix_for
@@ -111,6 +113,7 @@ class Reader:
         self.failed: dict[int, int] = {}
         learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
+        self._curvature = Curvature(bank, self.sites) if bank is not None and learns and settings.write.curved else None
         self._head = find_head(model)
         everywhere = settings.start_in_every_window is not False
         self._layout = Layout(self.window_tokens, self.chunk_tokens, start_id, everywhere)
@@ -162,7 +165,8 @@ class Reader:
                     norms, filled = torch.full((len(window.rows),), torch.nan), [0] * len(window.rows)
                 else:
                     index = None if bank.size == 1 else torch.tensor(window.rows)
-                    with attached(self.model, bank, index):
+                    watched = self._curvature.watching(window.rows) if self._curvature is not None else nullcontext()
+                    with attached(self.model, bank, index), watched:
                         nll, norms, filled, undone = self._score_and_write(window)
             self._prefix.keep()
         finally:
@@ -199,10 +203,10 @@ class Reader:
                 if step > 0:
                     _, losses, bad = self._score_finite(window)
                     undone = undone | bad
-                grad = self._gradient(losses)
+                grad, curvature = self._gradient(window, losses)
                 # The first gradient step is number 1 for those that filled slots, else number 0.
                 norms = torch.where((active & (filling == step))[window.rows].cpu(), _norms(grad, window.rows), norms)
-                undone = undone | self.writer.write(grad, active * self._share(window))
+                undone = undone | self.writer.write(grad, active * self._share(window), curvature)
             if step == 0 and filling.any():
                 filled, bad = self._fill(window, scored, filling)
                 undone = undone | bad
@@ -238,12 +242,16 @@ class Reader:
                 "because of the memory's last write; check the backbone in its dtype on this text (try float32)"
             )
 
-    def _gradient(self, losses: Tensor) -> Tensor:
+    def _gradient(self, window: Window, losses: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The gradient, and where it is asked for the curvature with its tokens (see `Writer.write`)."""
         assert self.bank is not None
         assert self.bank.grad is not None
         self.bank.grad.zero_()
-        losses.sum().backward(inputs=self.bank.leaves())
-        return self.bank.grad
+        with self._curvature.gathering() if self._curvature is not None else nullcontext():
+            losses.sum().backward(inputs=self.bank.leaves())
+        if self._curvature is None:
+            return self.bank.grad, None
+        return self.bank.grad, self._curvature.take(self._share(window) * self.chunk_tokens)
 
     def _filling(self, window: Window) -> Tensor:
         """[bank] the memories whose empty slots this chunk fills."""
@@ -356,8 +364,7 @@ class Reader:
         extra = [name for name in state if name.startswith("writer.") and ".before." not in name]
         before: dict[str, Tensor] = {}
         if self.writer is not None and "writer.before.0" in state:
-            live = [self.writer.bank.rows, *self.writer.moments, self.writer.counts]
-            before = {f"writer.before.{i}": t for i, t in enumerate(live)}
+            before = {f"writer.before.{i}": t for i, t in enumerate(self.writer.live())}
         for name in (*needed, *extra, *before):
             want, have = (
                 None if t is None else (tuple(t.shape), t.dtype) for t in ((needed | before).get(name), state.get(name))

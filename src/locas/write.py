@@ -7,12 +7,14 @@ a rule sees them, and zero rows have no part in orthogonalisation.
 
 * `adamw`: Adam without weight decay; `lr` is about an entry's change.
 * `muon`: momentum, then orthogonalisation of each [rank, d_model] matrix (Newton-Schulz); `lr` is the length
-  by which a row moves, whatever d_model is.
+  by which a row moves, whatever d_model is. Values are orthogonalised in the metric of the loss's curvature where they
+  write (`curvature.py`): they move less along what every text's predictions hang on, and more along the rest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +29,7 @@ Rule = Literal["muon", "adamw"]
 # [0.7, 1.2] after five rounds, whatever they were, as long as they are not vanishingly small.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
+PRIOR_TOKENS = 4.0  # for each dimension, see `Writer._inverse_curvature`
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class WriteSettings:
             max(floor, sqrt(hold / (n + 1))) times `lr`.
         floor: see `hold`. 1: the same step throughout.
         momentum: muon's decay of past gradients.
+        damping: muon: move values in the metric of the loss's curvature at the FFNs' outputs, to which this share of
+            its mean eigenvalue is added; 0.1 is good, with an lr of 0.1. None: without, Muon as published.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
         eps: adamw's floor under the root of the second moment.
@@ -51,6 +56,7 @@ class WriteSettings:
     hold: int = 8
     floor: float = 0.35
     momentum: float = 0.5
+    damping: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -70,6 +76,13 @@ class WriteSettings:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
         if not self.eps > 0:
             raise ValueError(f"eps must be positive; got {self.eps}")
+        if self.damping is not None and not (self.damping > 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must be a positive number, or none; got {self.damping}")
+
+    @property
+    def curved(self) -> bool:
+        """Whether values move in the metric of the loss's curvature."""
+        return self.rule == "muon" and self.damping is not None
 
     def schedule(self, number: Tensor) -> Tensor:
         """Multiplier of `lr` for updates of these numbers (integers, from 0), in float64."""
@@ -83,6 +96,8 @@ class Writer:
         scale: [bank] multiplier of the step, halved for a memory whenever one of its writes was undone.
         moments: the rule's running averages, each [bank, n_rows, d_model].
         counts: [bank] updates made.
+        curvature: [bank, d_model, d_model] sum over tokens, see `Curvature`; None where it is not asked for.
+        seen: [bank] how many tokens that is.
     """
 
     def __init__(self, bank: Bank, settings: WriteSettings) -> None:
@@ -91,13 +106,19 @@ class Writer:
         self.moments = [torch.zeros_like(bank.rows) for _ in range(1 if settings.rule == "muon" else 2)]
         self.counts = torch.zeros(bank.size, dtype=torch.int64, device=bank.device)
         self.scale = torch.ones(bank.size, dtype=torch.float64, device=bank.device)
+        self.curvature: Tensor | None = None
+        if settings.curved:
+            self.curvature = bank.rows.new_zeros(bank.size, bank.d_model, bank.d_model)
+        self.seen = torch.zeros(bank.size, dtype=torch.float64, device=bank.device)
         self._before: list[Tensor] | None = None
 
-    def _live(self) -> list[Tensor]:
-        return [self.bank.rows, *self.moments, self.counts]
+    def live(self) -> list[Tensor]:
+        """What an undone write takes back."""
+        curvature = [] if self.curvature is None else [self.curvature, self.seen]
+        return [self.bank.rows, *self.moments, self.counts, *curvature]
 
     @torch.no_grad()
-    def write(self, grad: Tensor, share: Tensor) -> Tensor:
+    def write(self, grad: Tensor, share: Tensor, curvature: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """One update of the active memories, undone at once for those whose gradient or result is not finite.
 
         Args:
@@ -105,14 +126,20 @@ class Writer:
             share: [bank] in 0..1, how much of a full step each memory makes: the share of a full chunk that its
                 gradient comes from, so that a book's last few words do not move it as far as a thousand would.
                 With 0 a memory does not change at all.
+            curvature: what `Curvature.take` returned of the same backward pass; it is added to what was seen before.
 
         Returns:
             [bank] bool: the memories whose write was undone; their `scale` is halved.
         """
-        now = [t.clone() for t in self._live()]
+        now = [t.clone() for t in self.live()]
         finite = _all_finite(grad)
+        if curvature is not None:
+            finite &= _all_finite(curvature[0])
         if not finite.all():
             grad = torch.where(finite[:, None, None], grad, 0.0)
+        if curvature is not None and self.curvature is not None:
+            self.curvature.add_(torch.where(finite[:, None, None], curvature[0], 0.0))
+            self.seen.add_(torch.where(finite, curvature[1], 0.0))
         frozen = self.bank.frozen_rows()
         if frozen is not None:
             grad = grad.masked_fill(frozen[..., None], 0.0)
@@ -139,7 +166,7 @@ class Writer:
     @torch.no_grad()
     def remember(self, which: Tensor) -> None:
         """Before a change made elsewhere (filling slots): what `undo` then goes back to, for `which` ([bank] bool)."""
-        now = [t.clone() for t in self._live()]
+        now = [t.clone() for t in self.live()]
         self._before = now if self._before is None else _mix(which, now, self._before)
 
     @torch.no_grad()
@@ -153,7 +180,7 @@ class Writer:
         self._halve(which)
 
     def _restore(self, which: Tensor, before: list[Tensor]) -> None:
-        for live, mixed in zip(self._live(), _mix(which, before, self._live()), strict=True):
+        for live, mixed in zip(self.live(), _mix(which, before, self.live()), strict=True):
             live.copy_(mixed)
 
     def _halve(self, which: Tensor) -> None:
@@ -175,17 +202,43 @@ class Writer:
         frozen = self.bank.frozen_rows()
         velocity.mul_(s.momentum).add_(grad)
         ahead = grad.add(velocity, alpha=s.momentum)  # Nesterov
-        delta = torch.empty_like(ahead)
+        delta, inverse = torch.empty_like(ahead), self._inverse_curvature()
         for rows, rank in self.bank.runs():
             matrices = ahead[:, rows].unflatten(1, (-1, rank))
             # Orthogonal rows have length 1 up to rank = d_model; beyond it the columns have, so stretch them.
             length = s.lr * max(1.0, rank / self.bank.d_model) ** 0.5
-            delta[:, rows] = orthogonalise(matrices).mul_(length).flatten(1, 2)
+            steps = delta[:, rows].unflatten(1, (-1, rank))
+            if inverse is None:
+                steps.copy_(orthogonalise(matrices))
+            else:
+                kinds = matrices.unflatten(1, (-1, self.bank.parts)), steps.unflatten(1, (-1, self.bank.parts))
+                (reads, values), (read_steps, value_steps) = (x.tensor_split([self.bank.parts - 1], 2) for x in kinds)
+                read_steps.copy_(orthogonalise(reads))
+                value_steps.copy_(orthogonalise(values, inverse(values)))
+            steps.mul_(length)
             if frozen is not None:  # only the slots that are written count
                 written = (~frozen[:, rows]).unflatten(1, (-1, rank)).sum(dim=-1).div(self.bank.d_model).clamp(min=1.0)
                 shorter = (written / max(1.0, rank / self.bank.d_model)).sqrt().to(delta.dtype)
                 delta[:, rows].unflatten(1, (-1, rank)).mul_(shorter[..., None, None])
         return delta
+
+    def _inverse_curvature(self) -> Callable[[Tensor], Tensor] | None:
+        """x [bank, ..., d_model] to x C^-1, C the damped mean curvature of what each memory has read so far."""
+        damping = self.settings.damping
+        if self.curvature is None or damping is None or not bool(self.seen.any()):
+            return None
+        # Of few tokens little is known: it counts as if some for each dimension had been seen that prefer no direction.
+        evenly = PRIOR_TOKENS * self.bank.d_model + damping * self.seen
+        damped = self.curvature + torch.diag_embed(
+            evenly.to(self.curvature.dtype)[:, None].expand(-1, self.bank.d_model)
+        )
+        factor = torch.linalg.cholesky_ex(damped)[0]
+
+        def solve(x: Tensor) -> Tensor:
+            flat = x.flatten(1, -2)
+            return torch.cholesky_solve(flat.mT, factor).mT.reshape(x.shape)
+
+        return solve
 
     # ---------------------------------------------------------------- resuming
 
@@ -193,6 +246,8 @@ class Writer:
         """Everything that the next writes depend on, besides the bank itself."""
         state = {"counts": self.counts, "scale": self.scale}
         state |= {f"moment.{i}": m for i, m in enumerate(self.moments)}
+        if self.curvature is not None:
+            state |= {"curvature": self.curvature, "seen": self.seen}
         if self._before is not None:
             state |= {f"before.{i}": t for i, t in enumerate(self._before)}
         return state
@@ -203,9 +258,12 @@ class Writer:
         self.scale.copy_(state["scale"])
         for i, moment in enumerate(self.moments):
             moment.copy_(state[f"moment.{i}"])
+        if self.curvature is not None:
+            self.curvature.copy_(state["curvature"])
+            self.seen.copy_(state["seen"])
         self._before = None
         if "before.0" in state:
-            self._before = [state[f"before.{i}"].to(t.device, copy=True) for i, t in enumerate(self._live())]
+            self._before = [state[f"before.{i}"].to(t.device, copy=True) for i, t in enumerate(self.live())]
 
 
 def _mix(which: Tensor, one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
@@ -214,30 +272,34 @@ def _mix(which: Tensor, one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     return [torch.where(mask, x, y) for mask, x, y in zip(masks, one, other, strict=True)]
 
 
-def orthogonalise(x: Tensor) -> Tensor:
+def orthogonalise(x: Tensor, dual: Tensor | None = None) -> Tensor:
     """The nearest matrix with orthonormal rows (or columns), approximately: U V^T of the SVD x = U S V^T.
 
     Newton-Schulz: x <- (a I + b x x^T + c (x x^T)^2) x. All iterates are polynomials of the one Gram matrix
     x x^T times x, so the rounds run on that small [rank, rank] matrix, and the long side is touched twice,
     instead of twice a round.
 
+    With a metric C on rows it is the same in coordinates in which C is the identity, brought back: (x C^-1 x^T)^-1/2
+    x C^-1, of which only `dual` = x C^-1 needs to be known; as long, taken together, as it is without a metric.
+
     Args:
         x: [..., m, n] float32 or float64.
+        dual: [..., m, n] x C^-1; None: x itself.
 
     Returns:
-        [..., m, n], singular values about 0.7 to 1.2; a zero matrix stays zero.
+        [..., m, n], singular values about 0.7 to 1.2 (in the metric, up to one factor); a zero matrix stays zero.
     """
-    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-    shape, wide = wide.shape, wide.reshape(-1, *wide.shape[-2:])
-    # First to a largest entry of 1: the squares of very small or large ones leave float32's range.
-    peak = wide.abs().amax(dim=(-2, -1), keepdim=True)
-    wide = wide / torch.where(peak == 0, 1.0, peak)
+    wide, other = (x, dual) if dual is not None or x.shape[-2] <= x.shape[-1] else (x.mT, None)
+    shape, wide = wide.shape, _peak_1(wide.reshape(-1, *wide.shape[-2:]))
+    other = wide if other is None else _peak_1(other.reshape(wide.shape))
     a, b, c = _NEWTON_SCHULZ
-    gram = wide @ wide.mT
+    gram = wide @ other.mT
+    if dual is not None:
+        gram = (gram + gram.mT) / 2  # symmetric but for rounding
     # The Gram matrix's trace is the squared Frobenius norm, to which x is scaled: no singular value above 1.
     square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp(min=torch.finfo(x.dtype).tiny)
     gram /= square
-    total = None
+    first, total = gram, None
     for i in range(_ROUNDS):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -245,8 +307,19 @@ def orthogonalise(x: Tensor) -> Tensor:
         if i + 1 < _ROUNDS:
             gram = p @ gram @ p
     assert total is not None
-    out = (total.div_(square.sqrt()) @ wide).view(shape)
-    return out if x.shape[-2] <= x.shape[-1] else out.mT
+    if dual is None:
+        out = (total.div_(square.sqrt()) @ wide).view(shape)
+        return out if x.shape[-2] <= x.shape[-1] else out.mT
+    out = total @ other
+    length = (total @ first).mul_(total).sum(dim=(-2, -1), keepdim=True).clamp(min=0.0)
+    mine = out.square().sum(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return out.mul_((length / mine).sqrt()).view(shape)
+
+
+def _peak_1(x: Tensor) -> Tensor:
+    """Each matrix divided by its largest entry: the squares of very small or large ones leave float32's range."""
+    peak = x.abs().amax(dim=(-2, -1), keepdim=True)
+    return x / torch.where(peak == 0, 1.0, peak)
 
 
 def _all_finite(x: Tensor) -> Tensor:

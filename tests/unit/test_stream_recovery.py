@@ -15,6 +15,7 @@ from helpers import START, fresh, memory_for, same_bytes, text
 from locas import stream
 from locas.bank import Bank
 from locas.stream import ChunkRecord, Reader, ReadSettings
+from locas.window import Window
 from locas.write import Rule
 from readings import KINDS, READ, reading, same_record
 
@@ -49,10 +50,10 @@ def test_a_gradient_that_is_not_finite_is_not_written(model_of: ModelOf, name: s
     def interfere(reader: Reader, chunk: int) -> None:
         real = Reader._gradient
 
-        def poisoned(losses: Tensor) -> Tensor:
-            grad = real(reader, losses)
+        def poisoned(window: Window, losses: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+            grad, curvature = real(reader, window, losses)
             grad[1, 3, 2] = torch.nan
-            return grad
+            return grad, curvature
 
         reader._gradient = poisoned if chunk == 2 else real.__get__(reader)  # type: ignore[method-assign]
         assert reader.bank is not None
@@ -83,8 +84,8 @@ def test_a_write_that_breaks_the_loss_is_taken_back(model_of: ModelOf, name: str
         assert writer is not None
         real = type(writer).write
 
-        def far(grad: Tensor, active: Tensor) -> Tensor:
-            failed = real(writer, grad, active)
+        def far(*args: Any) -> Tensor:
+            failed = real(writer, *args)
             if not calls:
                 writer.bank.rows[1] = 1e200
             calls.append(1)
@@ -235,7 +236,7 @@ def test_a_state_that_does_not_fit_changes_nothing(model_of: ModelOf) -> None:
         "rows of ((2, 45, 20), torch.float64)": reader(size=2),
         "rows of ((1, 45, 20), torch.float32)": reader(bank=fresh(model, "qwen2").to(dtype=torch.float32)),
         "writer.counts of None": reader(learn=False),
-        "writer.moment.1": reader("adamw"),
+        "writer.curvature of None": reader("adamw"),
     }
     for what, donor in donors.items():
         donor.next_chunk()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers import fill, same_bytes
-from locas.bank import Bank
+from locas.bank import Bank, Variant
 from locas.write import Rule, Writer, WriteSettings, orthogonalise
 
 D_MODEL = 7
@@ -18,8 +18,14 @@ CONSTANT: dict[str, Any] = {"floor": 1.0}  # the same step throughout
 both = pytest.mark.parametrize("rule", RULES)
 
 
-def make(size: int = 1, dtype: torch.dtype = torch.float64, ranks: dict[int, int] = RANKS, seed: int = 0) -> Bank:
-    return fill(Bank("glu", "silu", D_MODEL, ranks, size=size, dtype=dtype), seed)
+def make(
+    size: int = 1,
+    dtype: torch.dtype = torch.float64,
+    ranks: dict[int, int] = RANKS,
+    seed: int = 0,
+    variant: Variant = "glu",
+) -> Bank:
+    return fill(Bank(variant, "silu", D_MODEL, ranks, size=size, dtype=dtype), seed)
 
 
 def gradient(bank: Bank, seed: int, scale: float = 1.0) -> Tensor:
@@ -29,7 +35,18 @@ def gradient(bank: Bank, seed: int, scale: float = 1.0) -> Tensor:
 
 def live(writer: Writer) -> dict[str, Tensor]:
     moments = {f"moment.{i}": moment for i, moment in enumerate(writer.moments)}
-    return {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, **moments}
+    curvature = {} if writer.curvature is None else {"curvature": writer.curvature, "seen": writer.seen}
+    return {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, **moments, **curvature}
+
+
+def curvature(bank: Bank, seed: int, tokens: float = 100.0) -> tuple[Tensor, Tensor]:
+    """As `Curvature.take` gives it: [bank, d, d] of mean eigenvalue `tokens`; tokens."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    x = torch.randn(bank.size, 2 * bank.d_model, bank.d_model, generator=generator, dtype=torch.float64)
+    moments = x.mT @ (x * torch.linspace(3, 0.1, bank.d_model, dtype=torch.float64))
+    moments = (moments + moments.mT) / 2 + 40 * torch.eye(bank.d_model, dtype=torch.float64)
+    moments *= tokens / moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return moments.to(bank.rows.dtype), torch.full((bank.size,), tokens, dtype=torch.float64)
 
 
 def copies(writer: Writer) -> dict[str, Tensor]:
@@ -226,6 +243,80 @@ def test_schedules_out_of_range(more: dict[str, float], message: str) -> None:
         WriteSettings(**more)
 
 
+# -------------------------------------------------------------------- curvature
+
+
+def root(c: Tensor, power: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(c)
+    return (vectors * values**power) @ vectors.mT
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 12), (14, 12)])
+def test_with_a_metric_a_matrix_is_orthogonal_where_the_metric_is_one(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    half = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    c = half @ half.T + 0.5 * torch.eye(12, dtype=torch.float64)
+    found = orthogonalise(x, x @ torch.linalg.inv(c))
+    inside = orthogonalise(x @ root(c, -0.5))
+    expected = inside @ root(c, -0.5)
+    expected *= inside.norm(dim=(-2, -1), keepdim=True) / expected.norm(dim=(-2, -1), keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    # A metric without direction is none, whatever its size.
+    torch.testing.assert_close(orthogonalise(x, 1e-9 * x), orthogonalise(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
+def test_with_a_metric_nothing_depends_on_the_gradients_scale(scale: float) -> None:
+    x = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(1))
+    dual = x @ torch.diag(torch.linspace(0.1, 2, 9))
+    for one, other in ((scale * x, scale * dual), (x, scale * dual)):
+        torch.testing.assert_close(orthogonalise(one, other), orthogonalise(x, dual), rtol=0, atol=1e-4)
+    x[0], dual[0] = 0, 0
+    assert not orthogonalise(x, dual)[0].any()
+
+
+@pytest.mark.parametrize("variant", ["glu", "mlp"])
+def test_values_move_less_where_the_loss_is_curved_and_reads_as_ever(variant: Variant) -> None:
+    bank = make(variant=variant)
+    plain = bank.clone()
+    grad = gradient(bank, 0)
+    steep = torch.ones(bank.d_model, dtype=torch.float64)
+    steep[0] = 200.0
+    seen = 1e6 * torch.diag(steep / steep.mean())[None]
+    tokens = torch.tensor([1e6], dtype=torch.float64)
+    Writer(bank, WriteSettings(lr=0.01, clip=False, damping=0.1)).write(
+        grad, flags(1), (seen.to(bank.rows.dtype), tokens)
+    )
+    Writer(plain, WriteSettings(lr=0.01, clip=False)).write(grad, flags(1))
+    for layer in bank.layers:
+        one, other = bank.slots(layer), plain.slots(layer)
+        assert same_bytes(one.k, other.k)
+        assert one.g is None or (other.g is not None and same_bytes(one.g, other.g))
+    fresh = make(variant=variant)
+    moved = [torch.cat([(b.slots(i).v - fresh.slots(i).v)[0] for i in b.layers]) for b in (bank, plain)]
+    assert float(moved[0][:, 0].norm()) < 0.2 * float(moved[1][:, 0].norm())
+    torch.testing.assert_close(moved[0].norm(), moved[1].norm(), rtol=0.1, atol=0)
+
+
+def test_little_text_says_little_of_the_curvature() -> None:
+    """With the curvature of a few tokens, values move nearly as without: it counts beside 4 tokens a dimension."""
+    moved = []
+    for tokens in (0.0, 1.0, 1e6):
+        bank = make(1)
+        seen = curvature(bank, 0, tokens) if tokens else None
+        Writer(bank, WriteSettings(lr=0.01, clip=False, damping=0.1)).write(gradient(bank, 0), flags(1), seen)
+        moved.append(bank.rows - make(1).rows)
+    few, many = (float((x - moved[0]).norm() / moved[0].norm()) for x in moved[1:])
+    assert 0 < few < 0.1 < many
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
+def test_damping_out_of_range(damping: float) -> None:
+    with pytest.raises(ValueError, match="damping must be a positive number, or none"):
+        WriteSettings(damping=damping)
+
+
 # -------------------------------------------------------------------- isolation and undoing
 
 
@@ -233,17 +324,19 @@ def test_schedules_out_of_range(more: dict[str, float], message: str) -> None:
 def test_memories_of_a_bank_never_leak_into_one_another(rule: Rule) -> None:
     bank = make(3)
     alone = [bank.select(i) for i in range(3)]
-    settings = WriteSettings(rule, lr=0.2)
+    settings = WriteSettings(rule, lr=0.2, damping=0.1)
     together, each = Writer(bank, settings), [Writer(one, settings) for one in alone]
     for step in range(11):
         grad = gradient(bank, step)
         active = flags(1, step % 2, step > 4)
         if step == 6:
             grad[2, 5, 1] = torch.nan
-        failed = together.write(grad, active)
+        seen = curvature(bank, step)
+        failed = together.write(grad, active, seen)
         assert failed.tolist() == [False, False, step == 6]
         for i in range(3):
-            assert each[i].write(grad[i : i + 1], active[i : i + 1]).tolist() == [bool(failed[i])]
+            own = grad[i : i + 1], active[i : i + 1], (seen[0][i : i + 1], seen[1][i : i + 1])
+            assert each[i].write(*own).tolist() == [bool(failed[i])]
     for i in range(3):
         for name, tensor in live(each[i]).items():
             torch.testing.assert_close(live(together)[name][i : i + 1], tensor, rtol=1e-12, atol=1e-13)
@@ -254,13 +347,13 @@ def test_memories_of_a_bank_never_leak_into_one_another(rule: Rule) -> None:
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(rule: Rule, poison: float) -> None:
     bank = make(3)
-    writer = Writer(bank, WriteSettings(rule))
-    writer.write(gradient(bank, 0), flags(1, 1, 1))
+    writer = Writer(bank, WriteSettings(rule, damping=0.1))
+    writer.write(gradient(bank, 0), flags(1, 1, 1), curvature(bank, 0))
     before = copies(writer)
     grad = gradient(bank, 1)
     grad[1, 17, 3] = poison
     grad[2, 0, 0] = poison
-    assert writer.write(grad, flags(1, 1, 0)).tolist() == [False, True, False]
+    assert writer.write(grad, flags(1, 1, 0), curvature(bank, 1)).tolist() == [False, True, False]
     after = copies(writer)
     assert after.pop("scale").tolist() == [1.0, 0.5, 1.0]
     assert_same(after, before, 1)
@@ -269,7 +362,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(rule: Rule,
     # The next step of the memory that failed is half as long.
     before = copies(writer)
     writer.write(grad := gradient(bank, 2), flags(0, 1, 1))
-    full = Writer(bank.like(before["rows"], bank.tau), WriteSettings(rule, clip=False))
+    full = Writer(bank.like(before["rows"], bank.tau), WriteSettings(rule, clip=False, damping=0.1))
     full.load_state({k: v for k, v in before.items() if k != "rows"} | {"scale": torch.ones(3, dtype=torch.float64)})
     full.write(grad, flags(1, 1, 1))
     half = before["rows"] + 0.5 * (full.bank.rows - before["rows"])
