@@ -5,7 +5,8 @@
     python recipes/forgetting.py table results/forgetting_test.json
 
 Both write results/forgetting_SPLIT.json and a picture beside it. Every other book (by name) is learnt, the ones between
-are unrelated text; --books and --unrelated choose others. A stopped run goes on from its folder (--work). With the
+are unrelated text; --books and --unrelated choose others. A stopped run goes on from its folder (--work); --join adds
+methods to results that are there, whose books, texts and sizes must be the same. With the
 built-in backbone on one CPU core a run takes about two hours, and all of MMLU about twenty minutes each time it is
 asked (once, and once for each method, rank and book): --mmlu-limit 20 makes that two.
 """
@@ -22,6 +23,8 @@ from markdown_table import markdown
 
 from locas.cli.common import BackboneOptions, TextOptions
 from locas.cli.eval_forgetting import EvalForgetting
+from locas.evaluate.cells import finite
+from locas.evaluate.forgetting_figures import draw, joined
 from locas.store import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +50,7 @@ def main() -> int:
     parser.add_argument("--mmlu-limit", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "forgetting")
+    parser.add_argument("--join", type=Path, help="earlier results, whose methods are kept")
     parser.add_argument("--output", type=Path, help="default: results/forgetting_SPLIT.json")
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")
@@ -73,7 +77,11 @@ def main() -> int:
     )
     command.run()
     output = args.output or ROOT / "results" / f"forgetting_{args.what}.json"
-    write_atomically(output, (folder / "forgetting.json").read_bytes())
+    found = json.loads((folder / "forgetting.json").read_text())
+    if args.join:
+        found = joined(json.loads(args.join.read_text()), found)
+        draw(found["points"], folder)
+    write_atomically(output, (json.dumps(finite(found), indent=1) + "\n").encode())
     if (folder / "forgetting.png").exists():
         write_atomically(output.with_suffix(".png"), (folder / "forgetting.png").read_bytes())
     return 0

@@ -1,5 +1,6 @@
 """Gain against change: KL worked out by hand, nothing learnt changes nothing, the dial, the frontier, MMLU's files."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from locas.evaluate.forgetting import (
     run,
     unrelated_text,
 )
-from locas.evaluate.forgetting_figures import equal_gain, least_kl, summarise
+from locas.evaluate.forgetting_figures import equal_gain, joined, least_kl, summarise
 from locas.evaluate.learners import Locas, make
 from locas.evaluate.mmlu import read_csv
 from locas.stream import Reader, ReadSettings
@@ -413,3 +414,29 @@ def test_damaged_files_are_refused(tmp_path: Path, content: str, says: str) -> N
     path.write_text(content)
     with pytest.raises(ValueError, match=says):
         read_csv(path)
+
+
+def test_a_method_is_added_to_earlier_results() -> None:
+    found = json.loads((Path(__file__).parents[2] / "results" / "forgetting_test.json").read_text())
+
+    def only(method: str) -> dict[str, Any]:
+        part = json.loads(json.dumps(found))
+        part["rows"] = [row for row in part["rows"] if row["method"] == method]
+        kept = {row["label"] for row in part["rows"]}
+        part["settings"]["configurations"] = {k: v for k, v in found["settings"]["configurations"].items() if k in kept}
+        return part
+
+    ours, theirs = only("locas"), only("templora-tuned")
+    both = joined(theirs, ours)
+    assert sorted(both["rows"], key=lambda row: row["book"]) == found["rows"]
+    for key in ("points", "at_equal_gain", "mmlu", "failed", "bit_exact"):
+        assert both[key] == found[key], key
+    assert both["settings"] == found["settings"]
+    assert joined(both, ours)["points"] == both["points"]
+    assert joined(ours, theirs)["at_equal_gain"][0]["method"] == "templora-tuned"
+    ours["settings"]["forgetting"]["later_tokens"] += 1
+    with pytest.raises(ValueError, match="how much is learnt and looked at differ"):
+        joined(theirs, ours)
+    theirs["rows"][0]["book"] = "another.txt"
+    with pytest.raises(ValueError, match="books and unrelated texts differ"):
+        joined(theirs, only("locas"))

@@ -44,6 +44,34 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def joined(earlier: Row, later: Row) -> Row:
+    """Two forgetting.json of the same books and texts as one, so that a method can be added without learning all again.
+    The later one's methods come first, and where both have a configuration its rows are taken.
+
+    Raises:
+        ValueError: what was learnt or looked at, or the backbone, is not the same.
+    """
+    same = {
+        "backbone": lambda x: x["backbone"],
+        "how much is learnt and looked at": lambda x: (x["settings"]["forgetting"], x["settings"]["max_tokens"]),
+        "books and unrelated texts": lambda x: sorted({(r["book"], *sorted(r["unrelated"])) for r in x["rows"]}),
+    }
+    for what, of in same.items():
+        if of(earlier) != of(later):
+            raise ValueError(f"these results cannot be joined: {what} differ, {of(earlier)} and {of(later)}")
+    new = set(later["settings"]["configurations"])
+    result = {key: later[key] + [r for r in earlier[key] if r["label"] not in new] for key in ("rows", "failed")}
+    settings = earlier["settings"]["configurations"] | later["settings"]["configurations"]
+    commits = {commit for x in (earlier, later) for commit in x.get("measured_at_commits", [x["commit"]])}
+    return (
+        later
+        | {"settings": later["settings"] | {"configurations": settings}}
+        | {"measured_at_commits": sorted(map(str, commits))}
+        | summarise(result | {"mmlu": later["mmlu"] or earlier["mmlu"]})
+        | {"rows": result["rows"]}
+    )
+
+
 def _point(rows: Sequence[Row]) -> Row:
     first = rows[0]
     point = {key: first[key] for key in ("label", "method", "rank", "lr_factor", "scale", "parameters")}
