@@ -31,7 +31,10 @@ ROOT = Path(__file__).parents[1]
 METHODS = (
     "truncation",
     "locas",
+    "locas:damping=0.1:lr=0.1",
+    "truncation:reuse=true:chunk=256",
     "locas:reuse=true:chunk=256",
+    "locas:reuse=true:chunk=256:damping=0.1",
     "locas-paper",
     "templora-paper",
     "templora-tuned",

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def with_tables(text: str) -> str:
     """The text with what stands between its marks made anew from the file that each mark names."""
 
     def table(mark: re.Match[str]) -> str:
-        return mark[1] + brief(json.loads((RESULTS / mark[2]).read_text())) + mark[3]
+        report = json.loads((RESULTS / mark[2]).read_text())
+        kinds = {"comparisons": dialogues_in_brief, "at_equal_gain": forgetting_in_brief}
+        return mark[1] + next((of for key, of in kinds.items() if key in report), brief)(report) + mark[3]
 
     return MARKED.sub(table, text)
 
@@ -105,6 +108,52 @@ def brief(report: Row) -> str:
     ]
     header = ["perplexity", "bits per byte", "minus truncation's", "Locas's minus its", "parameters", "time", "memory"]
     return markdown([extent(report), *header], lines)
+
+
+def dialogues_in_brief(report: Row) -> str:
+    """One point of a list: what the gold answers' log-likelihood gains from a memory, and beside TempLoRA and BM25."""
+    of = {(c["from"], c["to"]): c for c in report["comparisons"] if c["figure"] == "gold_ll_per_token"}
+
+    def apart(one: str, other: str) -> str:
+        sign, c = (1, of[one, other]) if (one, other) in of else (-1, of[other, one])
+        low, high = sorted(sign * c[end] for end in ("low", "high"))
+        return f"{sign * c['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    asked = report["settings"]["ask"]["max_questions"]
+    return point(
+        f"Questions about long conversations (LoCoMo, {len(report['conversations'])} of them, "
+        f"{f'{asked} questions each' if asked else 'all questions'}), nothing of the conversation in the context: the "
+        f"gold answer's log-likelihood, nats a token, beside no memory {apart('none', 'locas')}, beside TempLoRA "
+        f"{apart('templora-tuned', 'locas')}; with BM25's passages, beside these alone {apart('bm25', 'locas+bm25')}."
+    )
+
+
+def forgetting_in_brief(report: Row) -> str:
+    """One point of a list: KL elsewhere at equal gain, ours over TempLoRA's, and MMLU."""
+    books_ = sorted({(row["book"], row["tokens"]) for row in report["rows"]})
+    parts = []
+    for pair in report["at_equal_gain"]:
+        if pair["method"].startswith("locas") and pair["against"].startswith("templora"):
+            ratios = [x["ratio"] for x in pair["at"]]
+            named = "" if pair["method"] == "locas" else f" (`{pair['method'].removeprefix('locas:')}`)"
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} of TempLoRA's{named}")
+    text = (
+        f"What it costs elsewhere, after {max(n for _, n in books_):,} tokens of "
+        f"{'one test book' if len(books_) == 1 else f'each of {len(books_)} test books'}: at equal gain on the book's "
+        f"later text, KL on other books is {' and '.join(parts)}"
+    )
+    if report["mmlu"]:
+        changes = [x - report["mmlu"]["accuracy"] for label, x in report["mmlu"]["after"].items() if "locas" in label]
+        text += (
+            f"; MMLU changes by {100 * max(changes, key=abs):+.1f} points at most (standard error "
+            f"{100 * report['mmlu']['standard_error']:.1f})"
+        )
+    return point(f"{text}. With nothing attached, the backbone is the same to the last bit.")
+
+
+def point(text: str) -> str:
+    """A point of a Markdown list, in lines of 120."""
+    return textwrap.fill(text, 120, initial_indent="* ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def extent(report: Row) -> str:

@@ -23,12 +23,22 @@ def test_the_readme_has_the_figures_of_the_files() -> None:
 
 def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (ROOT / "README.md").read_text()
-    for path in tables.RESULTS.glob("books_*.json"):
+    for path in tables.RESULTS.glob("*.json"):
         report = json.loads(path.read_text())
-        report["methods"]["locas"]["perplexity"] = 12345.6
+        if path.stem.startswith("books_"):
+            report["methods"]["locas"]["perplexity"] = 12345.6
+        if path.stem.startswith("dialogue_"):
+            for pair in report["comparisons"]:
+                pair["mean"] = -6.78 if pair["to"].startswith("templora") else 6.78
+        if path.stem.startswith("forgetting_"):
+            report["at_equal_gain"][0]["at"][0]["ratio"] = 0.123
         (tmp_path / path.name).write_text(json.dumps(report))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.with_tables(readme).count("12345.6") == len(tables.MARKED.findall(readme))
+    changed = tables.with_tables(readme)
+    marked = [name for _, name, _ in tables.MARKED.findall(readme)]
+    assert changed.count("12345.6") == sum(name.startswith("books_") for name in marked)
+    assert changed.count("+6.78") == 3  # beside no memory, TempLoRA and BM25
+    assert changed.count("is 0.12 to") == 1
 
 
 def test_a_difference_is_turned_round_with_its_interval_and_count() -> None:
