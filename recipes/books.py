@@ -5,9 +5,10 @@
         --results results/books_12k.json                                               # their beginnings
 
 Baselines run with the settings that `recipes/tune_baselines.py` chose on the development books. Losses, page and
-pictures go to the folder; the figures also to `results/books.json`. Stop it at any time: the same command goes on, and
-beginnings of what was read further are not read again. Two processes may work on different books (--books) with one
-folder; a last run over all of them puts the results together. With --join a method is added to results that are there:
+pictures go to the folder; figures also to `results/books.json`, with a picture of the differences beside it. Stop it at
+any time: the same command goes on, and beginnings of what was read further are not read again. Two processes may work
+on different books (--books) with one folder; a last run over all of them puts the results together. With --join a
+method is added to results that are there:
 
     python recipes/books.py ../shared/data/books/test -o runs/books --methods lora-eva --join results/books.json
 """
@@ -24,6 +25,7 @@ import torch
 from locas.cli import main as locas
 from locas.evaluate.book import Method
 from locas.evaluate.books_figures import joined
+from locas.evaluate.report import differences_picture
 from locas.evaluate.weights import RECIPES
 from locas.store import write_atomically
 
@@ -88,6 +90,7 @@ def main() -> int:
         if args.join:
             found = joined(json.loads(args.join.read_text()), found, methods(list(METHODS), args.tuned))
         write_atomically(args.results, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomically(args.results.with_suffix(".png"), differences_picture(found))
     return status
 
 

@@ -18,7 +18,7 @@ from locas.evaluate.books import BooksRun, load_losses
 from locas.evaluate.books_figures import joined, results
 from locas.evaluate.cells import finite
 from locas.evaluate.pg19 import from_rows, pg19
-from locas.evaluate.report import write_report
+from locas.evaluate.report import differences_picture, write_report
 from locas.evaluate.words import best_stretch, coloured, top_words
 from locas.memory import create, read
 from locas.store import save_tensors
@@ -165,6 +165,7 @@ def test_a_method_is_added_to_earlier_results(evaluated: tuple[Path, dict[str, A
     truncation, ours, theirs = found["methods"]
     later, earlier = only(truncation, ours), only(truncation, theirs)
     assert joined(earlier, later, [truncation, ours]) == found
+    assert differences_picture(joined(earlier, later)).startswith(b"\x89PNG")
     assert list(joined(earlier, later)["methods"]) == [truncation, theirs, ours]
 
     earlier["methods"][truncation]["per_book"]["one.txt"]["bits_per_byte"] += 0.001

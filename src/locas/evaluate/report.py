@@ -80,10 +80,28 @@ def _load(folder: Path) -> _Found:
         for m in methods
         for b, tokens in books.items()
     }
+    main = _main(results)
+    return _Found(folder, results, losses, list(books), methods, main, charts.colours(methods, REFERENCE, main))
+
+
+def _main(results: Figures) -> str | None:
+    """The method that is looked at closely: the first memory, else the first that learns."""
+    methods = list(results["methods"])
     memories = [m for m in methods if results["settings"]["methods"][m]["init"] is not None]
     learning = [m for m in methods if results["methods"][m]["parameters"]]
-    main = next(iter(memories + learning), None)
-    return _Found(folder, results, losses, list(books), methods, main, charts.colours(methods, REFERENCE, main))
+    return next(iter(memories + learning), None)
+
+
+def differences_picture(results: Figures) -> bytes:
+    """Every method minus truncated reading, a dot for each book, as a PNG: from a result file alone.
+
+    Raises:
+        ModuleNotFoundError: the plotting library is missing; the message says how to install it.
+    """
+    charts.altair()
+    palette = charts.colours(list(results["methods"]), REFERENCE, _main(results))
+    against = [p for p in results["paired"] if p["minus"] == REFERENCE]
+    return charts.picture(*_difference_chart(against, REFERENCE, palette))
 
 
 # -------------------------------------------------------------------- sections
@@ -167,15 +185,15 @@ def _paired_text(found: _Found) -> str:
 def _paired_charts(found: _Found) -> list[tuple[str, Any, str]]:
     made = []
     against = [p for p in found.results["paired"] if p["minus"] == REFERENCE]
-    made.append(("against-truncation", *_difference_chart(found, against, REFERENCE)))
+    made.append(("against-truncation", *_difference_chart(against, REFERENCE, found.palette)))
     ours = [p for p in found.results["paired"] if found.main in (p["method"], p["minus"])]
     ours = [_turned(p, found.main) for p in ours if REFERENCE not in (p["method"], p["minus"])]
     if ours:
-        made.append(("against-others", *_difference_chart(found, ours, None)))
+        made.append(("against-others", *_difference_chart(ours, None, found.palette)))
     return made
 
 
-def _difference_chart(found: _Found, pairs: list[Figures], minus: str | None) -> tuple[charts.Chart, str]:
+def _difference_chart(pairs: list[Figures], minus: str | None, palette: dict[str, str]) -> tuple[charts.Chart, str]:
     """Every method minus one; without `minus`, the main method minus every other, which then names the row."""
     rows, means = [], []
     for pair in sorted(pairs, key=lambda p: p["mean"]):
@@ -184,8 +202,8 @@ def _difference_chart(found: _Found, pairs: list[Figures], minus: str | None) ->
         rows += [owner | {"book": b, "difference": d} for b, d in pair["per_book"].items()]
         bounds = {k: pair["mean"] if pair[k] is None else pair[k] for k in ("low", "high")}
         means.append(owner | {"mean": pair["mean"], **bounds})
-    chart = charts.differences(rows, means, found.palette)
-    return chart, f"Each method minus {minus}" if minus else f"{found.main} minus the others"
+    chart = charts.differences(rows, means, palette)
+    return chart, f"Each method minus {minus}" if minus else f"{pairs[0]['method']} minus the others"
 
 
 def _turned(pair: Figures, first: str | None) -> Figures:
