@@ -85,9 +85,9 @@ def grids() -> dict[str, list[Entry]]:
         ],
         "speed": [
             Entry("default"),
-            Entry("context kept", read=READ(reuse=True)),
+            Entry("context kept", read=READ(reuse=True, chunk=1024)),
             Entry("upper half", layers=(3, 4, 5)),
-            Entry("upper half, context kept", read=READ(reuse=True), layers=(3, 4, 5)),
+            Entry("upper half, context kept", read=READ(reuse=True, chunk=1024), layers=(3, 4, 5)),
         ],
         "kept chunk": [  # with the context kept, short chunks cost little more than long ones
             Entry(f"context kept, chunk {c}{more}", read=READ(reuse=True, chunk=c, write=write))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from locas.attention import ChunkAttention
 from locas.head import IGNORED, head_nll, token_nll
 from locas.lean import recomputed
+
+_PROBE_TOKENS = 5
+_RELATIVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()  # what was found out, by reach
 
 
 @contextmanager
@@ -177,3 +181,38 @@ __all__ = [
     "token_nll",
     "trained_context",
 ]
+
+
+def positions_are_relative(model: nn.Module, reach: int) -> bool:
+    """Whether shifting all positions by `reach` leaves the hidden states as they are, up to rounding: found out by
+    running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
+
+    Args:
+        model: a causal language model.
+        reach: the largest shift that will occur, in tokens.
+    """
+    known = _RELATIVE.setdefault(model, {})
+    if reach not in known:
+        known[reach] = _shifts_freely(model, reach)
+    return known[reach]
+
+
+def _shifts_freely(model: nn.Module, reach: int) -> bool:
+    body = decoder(model)
+    ids = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
+    with torch.no_grad(), frozen(model):
+        try:
+            near, shifted, far = (
+                _hidden(call(body, ids, position_ids=torch.arange(_PROBE_TOKENS, device=ids.device)[None] + shift))
+                for shift in (0, 1, reach)
+            )
+        except (TypeError, IndexError, RuntimeError):
+            return False
+    scale = near.norm(dim=-1)
+    rounding = 0.05 if near.dtype in (torch.bfloat16, torch.float16) else 0.01
+    return all(bool(((x - near).norm(dim=-1) <= rounding * scale).all()) for x in (shifted, far))
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = getattr(output, "last_hidden_state", None)
+    return (output.logits if hidden is None else hidden).double()

@@ -11,8 +11,8 @@ They were made with the memory as it was then, and by tokens that saw context of
 window; they are read for several chunks ahead in one batch, since each chunk finds them at another place. Positions
 count on from chunk to chunk; every `refresh` chunks the window is recomputed and they start from 0 again.
 
-This needs a backbone that knows positions by their distances only (rotary embeddings, ALiBi); `positions_are_relative`
-finds out by trying. `prefix_for` chooses between the two ways.
+This needs a backbone that knows positions by their distances only (rotary embeddings, ALiBi), which
+`forward.positions_are_relative` finds out by trying. `prefix_for` chooses between the two ways.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas.forward import call, decoder, device_of, frozen, read_prefix
+from locas.forward import call, decoder, positions_are_relative, read_prefix
 from locas.read_settings import ReadSettings
 from locas.window import Layout
 
-_PROBE_TOKENS = 5
 _AHEAD = 16  # chunks for which the sinks are read at once
 
 
@@ -231,31 +230,3 @@ class KeptPrefix:
 def _number(name: str) -> int:
     """Names end in ".2", ".10": by number, not by letters."""
     return int(name.rpartition(".")[2]) if "." in name else 0
-
-
-def positions_are_relative(model: nn.Module, reach: int) -> bool:
-    """Whether shifting all positions by `reach` leaves the hidden states as they are, up to rounding: found out by
-    running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
-
-    Args:
-        model: a causal language model.
-        reach: the largest shift that will occur, in tokens.
-    """
-    body = decoder(model)
-    ids = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
-    with torch.no_grad(), frozen(model):
-        try:
-            near, shifted, far = (
-                _hidden(call(body, ids, position_ids=torch.arange(_PROBE_TOKENS, device=ids.device)[None] + shift))
-                for shift in (0, 1, reach)
-            )
-        except (TypeError, IndexError, RuntimeError):
-            return False
-    scale = near.norm(dim=-1)
-    rounding = 0.05 if near.dtype in (torch.bfloat16, torch.float16) else 0.01
-    return all(bool(((x - near).norm(dim=-1) <= rounding * scale).all()) for x in (shifted, far))
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden = getattr(output, "last_hidden_state", None)
-    return (output.logits if hidden is None else hidden).double()

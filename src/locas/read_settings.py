@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from locas.forward import trained_context
+from locas.forward import positions_are_relative, trained_context
 from locas.write import WriteSettings
 
 _DEFAULT_WINDOW = 2048  # tokens; the paper's
@@ -20,7 +20,8 @@ class ReadSettings:
     Attributes:
         window: tokens that the model sees at once, start token included; None: 2,048 or the backbone's trained
             context, whichever is shorter.
-        chunk: tokens that are scored, and then written, at once; None: half the window.
+        chunk: tokens that are scored, and then written, at once; None: half the window, or where the context is kept,
+            which makes short chunks cheap, an eighth: to learn more often is to learn more.
         steps: gradient steps for each chunk.
         fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
         start_in_every_window: put the start token before every window, not only before the document's first token;
@@ -70,9 +71,19 @@ class ReadSettings:
                 f"use {trained} or less (--window {trained})"
             )
         chunk = self.chunk or max(1, window // 2)
+        if self.chunk is None and self.reuse and self.keeps_context(model, window, short := max(1, window // 8)):
+            chunk = short
         if chunk >= window:
             raise ValueError(
                 f"a chunk of {chunk} tokens does not fit into a window of {window}: at least one token of context "
                 f"goes before it; use --chunk {max(1, window // 2)} or a longer --window"
             )
         return window, chunk
+
+    def truncated(self) -> ReadSettings:
+        """Truncated reading in the same windows, every one recomputed: what memories are compared with."""
+        return replace(self, reuse=False, chunk=None) if self.reuse else self
+
+    def keeps_context(self, model: nn.Module, window: int, chunk: int) -> bool:
+        """Whether the context can be kept from chunk to chunk: there is room, and the backbone's positions allow it."""
+        return window - chunk > 1 and positions_are_relative(model, self.refresh * chunk + window)

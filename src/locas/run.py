@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,7 @@ class Run:
         documents, bank = [self.texts[i].ids for i in self.group], self.memories.open(self.group)
         self._reader = self._reader_of(bank, documents)
         if self.settings.compare:
-            # Every window recomputed, whatever the memory's reader does: that is what it is compared with.
-            self._baseline = Reader(model, None, documents, replace(read, reuse=False), start_id=start_id)
+            self._baseline = Reader(model, None, documents, read.truncated(), start_id=start_id)
         return self._reader
 
     def _reader_of(self, bank: Bank, documents: Sequence[Tensor]) -> Reader:
@@ -170,11 +169,11 @@ class Run:
 
     def _next(self, reader: Reader) -> Progress | None:
         """Reads a chunk of every text of the group; None where all of them failed."""
-        if self._baseline is not None:
-            self.baseline_seconds += self._take(self._baseline.next_chunk(), self.baseline_losses)
         records = reader.next_chunk()
         self.failed |= {self.first + row: start for row, start in reader.failed.items()}
         self.seconds += self._take(records, self.losses)
+        while self._baseline is not None and not self._baseline.done and self._baseline.position < reader.position:
+            self.baseline_seconds += self._take(self._baseline.next_chunk(), self.baseline_losses)
         read = [record for record in records if record is not None]
         if not read:
             return None
@@ -191,8 +190,10 @@ class Run:
         return next((record.seconds for record in records if record is not None), 0.0)
 
     def _here(self, losses: list[Tensor]) -> Score:
-        """The score of the texts that are read now, so far."""
-        return sum_scores([Score.of(losses[i], self.texts[i].n_bytes) for i in self.group if i not in self.failed])
+        """The score of the texts that are read now, as far as the memory has read (the baseline may be ahead)."""
+        live = [i for i in self.group if i not in self.failed]
+        read = [losses[i].where(~self.losses[i].isnan(), torch.nan) for i in live]
+        return sum_scores([Score.of(x, self.texts[i].n_bytes) for i, x in zip(live, read, strict=True)])
 
     def finish(self) -> None:
         """Writes the memory file where that is not done yet, then removes the state file."""
@@ -284,7 +285,9 @@ class Run:
             raise ValueError(f"position {position.tolist()} of {longest}")
         reader.load_state(state)
         if self._baseline is not None:
-            self._baseline.position = reader.position
+            # It always stands at the end of the chunk of its own that the memory's reader is in.
+            own = self._baseline.chunk_tokens
+            self._baseline.position = -(-reader.position // own) * own
 
     # ---------------------------------------------------------------- results
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from families import FAMILY_NAMES
 from helpers import START, fresh, memory_for, same_bytes, text
 from locas.attach import attached
-from locas.prefix import positions_are_relative
+from locas.forward import positions_are_relative
 from locas.stream import Reader, ReadSettings
 
 ModelOf = Callable[..., PreTrainedModel]

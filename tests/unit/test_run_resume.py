@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and goes on leaves the file and the figures of one that was not."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from families import tiny_model
 from helpers import same_bytes
 from locas.backbone import Backbone
+from locas.memory import read
 from locas.run import Run
 from locas.run_memories import OneMemory
 from locas.store import load_tensors, save_tensors
@@ -41,6 +43,30 @@ def test_stopped_after_any_chunk_it_goes_on_to_the_same_bytes(compare: bool, bac
         assert second.tokens == [0, 11, 22, 23, 34, 45, 54, 65][chunks]
         assert run_to_end(second) == expected
         assert list(output.parent.iterdir()) == [output]
+
+
+def test_with_kept_context_it_is_compared_with_truncated_reading(backbone: Backbone, output: Path) -> None:
+    """The memory reads in short chunks, the baseline in its own, longer ones; both go on where they were."""
+    kept = replace(SETTINGS.read, chunk=None, reuse=True)
+    settings, texts = replace(SETTINGS, read=kept, compare=True), three_texts(backbone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # learnt positions: every window is recomputed
+        expected = run_to_end(Run(backbone, texts, output, settings))
+        truncated = replace(kept, reuse=False)
+        plain = [list(read(backbone.model, None, t.ids, truncated, start_id=backbone.start_id)) for t in texts]
+        nll = [float(torch.cat([r.nll for r in records]).nansum()) for records in plain]
+        assert [d["nll"] for d in expected[1]["baseline"]["documents"]] == pytest.approx(nll)
+        n_chunks = len(list(Run(backbone, texts, output, settings)))
+        assert n_chunks > 2 * len(plain) or kept.sizes(backbone.model) == truncated.sizes(backbone.model)
+        for chunks in range(0, n_chunks, 3):
+            first = Run(backbone, texts, output, settings)
+            for progress, _ in zip(first, range(chunks), strict=False):
+                assert progress.baseline is not None
+                assert progress.baseline.tokens == progress.score.tokens
+            first.save_state()
+            second = Run(backbone, texts, output, settings)
+            assert second.resume()
+            assert run_to_end(second) == expected
 
 
 def test_stopped_after_every_chunk(backbone: Backbone, output: Path) -> None:

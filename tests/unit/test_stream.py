@@ -213,6 +213,13 @@ def test_sizes(model_of: ModelOf) -> None:
     assert ReadSettings(window=2).sizes(model) == (2, 1)
     assert ReadSettings(chunk=3).sizes(model) == (MAX_POSITIONS, 3)
     assert ReadSettings(window=9999).sizes(unlimited) == (9999, 4999)
+    # Where the context is kept, chunks are short; where it cannot be (learnt positions, no room), they are not.
+    assert ReadSettings(reuse=True).sizes(unlimited) == (2048, 256)
+    assert ReadSettings(reuse=True, chunk=99).sizes(unlimited) == (2048, 99)
+    assert ReadSettings(reuse=True).sizes(model) == (MAX_POSITIONS, MAX_POSITIONS // 2)
+    assert ReadSettings(reuse=True, window=2).sizes(unlimited) == (2, 1)
+    assert ReadSettings(reuse=True, window=9).truncated().sizes(unlimited) == (9, 4)
+    assert ReadSettings(window=9, chunk=3).truncated() == ReadSettings(window=9, chunk=3)
     message = (
         "a window of 132 tokens is longer than the 131 that this backbone was trained for; use 131 or less "
         "(--window 131)"

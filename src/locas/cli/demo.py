@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from locas.cli.memorize import drive
 from locas.cli.talk import SamplingOptions, continuation
 from locas.memory import load, read
 from locas.run import Run
-from locas.run_settings import RunSettings, Text
+from locas.run_settings import PRESETS, Text
 from locas.text import one_paragraph_a_line, reflow
 
 _HELD_BACK_EVERY = 20  # paragraphs
@@ -51,7 +51,8 @@ class Demo:
             f"reading {ids.numel():,} tokens of the Python language reference with the built-in backbone "
             f"({backbone.n_parameters / 1e6:.1f}M parameters), once without memory and once with"
         )
-        run = Run(backbone, [Text("language reference", ids, n_bytes, "")], self.output, RunSettings(compare=True))
+        settings = replace(PRESETS["default"], compare=True)
+        run = Run(backbone, [Text("language reference", ids, n_bytes, "")], self.output, settings)
         if not drive(run, save_every=float("inf")):
             err.print("stopped; nothing was written")
             return 130

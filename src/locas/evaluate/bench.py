@@ -132,6 +132,7 @@ def methods_of(
     """By name, what begins to read `ids` and returns what reads the next chunk, or the short ones in its place."""
     read = replace(settings.read, start_in_every_window=backbone.start_in_every_window)
     _, chunk = read.sizes(backbone.model)
+    read = replace(read, chunk=chunk)
 
     def memory(layers: str, reuse: bool) -> Callable[[], object]:
         bank = new_bank(backbone, settings, ids, layers)

@@ -106,7 +106,7 @@ def over_lengths(
     _, chunk = settings.read.sizes(backbone.model)
     rounds = settings.warmup + settings.rounds
     ids = random_ids(backbone, max(positions) + (rounds + 1) * chunk, settings.seed)
-    read = replace(_read(backbone, settings), reuse=reuse)
+    read = replace(_read(backbone, settings), reuse=reuse, chunk=chunk)
     bank = new_bank(backbone, settings, ids)
     work: dict[str, Callable[[], object]] = {}
     for position in positions:
