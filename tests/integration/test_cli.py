@@ -166,6 +166,30 @@ def test_the_papers_settings(tmp_path: Path, main: Main, tale: Path) -> None:
     assert load(output).provenance.settings["read"]["write"]["rule"] == "muon"
 
 
+def test_the_context_is_kept_unless_told_otherwise_and_both_may_be_said(tmp_path: Path, main: Main, tale: Path) -> None:
+    output, small = tmp_path / "m.safetensors", ("--window", "32", "--rank", "3", "--max-tokens", "60")
+    cases = {(): True, ("--reuse",): True, ("--no-reuse",): False, ("--preset", "paper"): False}
+    cases |= {("--preset", "paper", "--no-reuse"): False, ("--preset", "paper", "--reuse", "--clip"): True}
+    for more, kept in cases.items():
+        status, out, err = main("memorize", tale, "-o", output, *small, *more, "--json")
+        assert status == 0, err
+        assert load(output).provenance.settings["read"]["reuse"] == kept, more
+        assert (json.loads(out)["nll"] == pytest.approx(_nll(output, tale, 4 if kept else 16))) is True
+
+
+def _nll(output: Path, tale: Path, chunk: int) -> float:
+    """What the library makes of it, told the chunk."""
+    backbone, said = locas.load_backbone(), load(output).provenance.settings
+    ids, _ = backbone.encode(tale.read_text(), 60)
+    write = locas.WriteSettings(**said["read"]["write"])
+    memory = locas.create(backbone.model, ids[:chunk], locas.InitSettings(**said["init"]), start_id=backbone.start_id)
+    settings = locas.ReadSettings(
+        window=32, chunk=chunk, reuse=said["read"]["reuse"], start_in_every_window=False, write=write
+    )
+    records = locas.read(backbone.model, memory, ids, settings, start_id=backbone.start_id)
+    return float(torch.cat([r.nll for r in records]).double().sum())
+
+
 def test_going_on_with_a_memory(tmp_path: Path, main: Main, tale: Path) -> None:
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     assert main("memorize", tale, "-o", first, *SMALL)[0] == 0

@@ -25,7 +25,7 @@ from locas.cli.compress import Compress
 from locas.cli.demo import Demo
 from locas.cli.evaluate import Evaluate
 from locas.cli.info import Info
-from locas.cli.memorize import Memorize, memorize_defaults
+from locas.cli.memorize import Memorize, memorize_defaults, without_defaults
 from locas.cli.merge import Merge, Unmerge
 from locas.cli.report import Report
 from locas.cli.score import ScoreText
@@ -92,8 +92,11 @@ def _parse(args: list[str]) -> Any:
             tyro.conf.subcommand(name, description=text.partition("\n\n")[0] if listed else text, **how),
         ]
 
+    memorize = memorize_defaults(args)
+    if args[:1] == ["memorize"]:
+        args = without_defaults(args, memorize)
     commands: Any = (
-        sub("memorize", Memorize, default=memorize_defaults(args))
+        sub("memorize", Memorize, default=memorize)
         | sub("score", ScoreText)
         | sub("generate", Generate)
         | sub("chat", Chat)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
@@ -178,6 +178,18 @@ class Memorize:
         if self.show.json:
             print_json({"stopped": True, "tokens": run.tokens, "total_tokens": run.total_tokens})
         return 130
+
+
+def without_defaults(args: list[str], defaults: Memorize) -> list[str]:
+    """Arguments without flags that say what is so anyway: where --no-reuse is offered, --reuse is no mistake."""
+    on = {
+        field.name: value
+        for settings in (defaults.read, defaults.read.write)
+        for field in fields(settings)
+        if isinstance(value := getattr(settings, field.name), bool)
+    }
+    said = {("--" if value else "--no-") + name.replace("_", "-") for name, value in on.items()}
+    return [arg for arg in args if arg not in said]
 
 
 def memorize_defaults(args: list[str]) -> Memorize:
