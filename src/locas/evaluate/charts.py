@@ -80,7 +80,8 @@ def differences(rows: Sequence[Row], means: Sequence[Row], palette: Mapping[str,
         color=colour,
         tooltip=["method:N", *(alt.Tooltip(f"{k}:Q", format="+.4f") for k in ("mean", "low", "high"))],
     )
-    return alt.layer(zero, span, dots, point).properties(height=alt.Step(46))
+    lines = max((m["method"].count(":") + 1 for m in means), default=1)
+    return alt.layer(zero, span, dots, point).properties(height=alt.Step(max(46, 16 + 14 * lines)))
 
 
 def cost(rows: Sequence[Row], what: str, title: str, palette: Mapping[str, str]) -> Chart:
