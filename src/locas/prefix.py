@@ -195,12 +195,12 @@ class KeptPrefix:
         return state | {"numbers": numbers}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes over what `state` returned.
+        """Takes over what `state` returned. A model that is spread over devices recomputes the window instead.
 
         Raises:
             ValueError: it does not hang together; nothing was changed.
         """
-        if not state:
+        if not state or len({parameter.device for parameter in self.model.parameters()}) > 1:
             self.forget()
             return
         device = self.first[0].device
