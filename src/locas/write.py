@@ -44,7 +44,7 @@ class WriteSettings:
         floor: see `hold`. 1: the same step throughout.
         momentum: muon's decay of past gradients.
         damping: muon: move values in the metric of the loss's curvature at the FFNs' outputs, to which this share of
-            its mean eigenvalue is added; 0.1 is good, with an lr of 0.1. None: without, Muon as published.
+            its mean eigenvalue is added. None: without, Muon as published.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
         eps: adamw's floor under the root of the second moment.
