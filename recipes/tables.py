@@ -132,15 +132,14 @@ def forgetting_in_brief(report: Row) -> str:
     """One point of a list: KL elsewhere at equal gain, ours over TempLoRA's, and MMLU."""
     books_ = sorted({(row["book"], row["tokens"]) for row in report["rows"]})
     parts = []
-    for pair in report["at_equal_gain"]:
+    for pair in sorted(report["at_equal_gain"], key=lambda pair: pair["method"]):
         if pair["method"].startswith("locas") and pair["against"].startswith("templora"):
             ratios = [x["ratio"] for x in pair["at"]]
-            named = "" if pair["method"] == "locas" else f" (`{pair['method'].removeprefix('locas:')}`)"
-            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} of TempLoRA's{named}")
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} with `{pair['method']}`")
     text = (
         f"What it costs elsewhere, after {max(n for _, n in books_):,} tokens of "
         f"{'one test book' if len(books_) == 1 else f'each of {len(books_)} test books'}: at equal gain on the book's "
-        f"later text, KL on other books is {' and '.join(parts)}"
+        f"later text, KL on other books, in units of TempLoRA's, is {', '.join(parts)}"
     )
     if report["mmlu"]:
         changes = [x - report["mmlu"]["accuracy"] for label, x in report["mmlu"]["after"].items() if "locas" in label]

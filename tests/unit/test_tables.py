@@ -31,7 +31,8 @@ def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch
             for pair in report["comparisons"]:
                 pair["mean"] = -6.78 if pair["to"].startswith("templora") else 6.78
         if path.stem.startswith("forgetting_"):
-            report["at_equal_gain"][0]["at"][0]["ratio"] = 0.123
+            for pair in report["at_equal_gain"]:
+                pair["at"][0]["ratio"] = 0.123
         (tmp_path / path.name).write_text(json.dumps(report))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     changed = tables.with_tables(readme)
@@ -39,6 +40,7 @@ def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch
     assert changed.count("12345.6") == sum(name.startswith("books_") for name in marked)
     assert changed.count("+6.78") == 3  # beside no memory, TempLoRA and BM25
     assert changed.count("is 0.12 to") == 1
+    assert changed.count("0.12 to") == 1 + readme.count("with `locas:")
 
 
 def test_a_difference_is_turned_round_with_its_interval_and_count() -> None:
