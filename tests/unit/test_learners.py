@@ -388,10 +388,16 @@ def test_long_attention_sees_more_and_in_the_same_chunks() -> None:
 
 def test_the_memories_are_those_of_the_command_line() -> None:
     of = backbone()
-    for name, preset in (("locas", "default"), ("locas-paper", "paper")):
-        setup = resolve(name, of, ReadSettings())
+    # In the windows that all methods get, a memory is written without curvature unless that is asked for.
+    for method, preset in (("locas:reuse=true:chunk=16:damping=0.1", "default"), ("locas-paper", "paper")):
+        asked = Method.parse(method)
+        setup = resolve(asked.name, of, ReadSettings(window=128), asked.options)
+        read = replace(PRESETS[preset].read, window=128)
         assert setup.init == PRESETS[preset].init
-        assert setup.read.write == PRESETS[preset].read.write
+        assert setup.read.write == read.write
+        assert setup.read.reuse == read.reuse
+        assert setup.read.sizes(of.model) == read.sizes(of.model)
+    assert resolve("locas", of, ReadSettings()).read.write == replace(PRESETS["default"].read.write, damping=None)
 
 
 def test_a_second_document_goes_on_with_what_the_first_taught() -> None:
