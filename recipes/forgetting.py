@@ -6,7 +6,7 @@
 
 Both write results/forgetting_SPLIT.json and a picture beside it. Every other book (by name) is learnt, the ones between
 are unrelated text; --books and --unrelated choose others. A stopped run goes on from its folder (--work); --join adds
-methods to results that are there, whose books, texts and sizes must be the same. With the
+methods or books to results that are there, whose unrelated texts and sizes must be the same. With the
 built-in backbone on one CPU core a run takes about two hours, and all of MMLU about twenty minutes each time it is
 asked (once, and once for each method, rank and book): --mmlu-limit 20 makes that two.
 """
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--mmlu-limit", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "forgetting")
-    parser.add_argument("--join", type=Path, help="earlier results, whose methods are kept")
+    parser.add_argument("--join", type=Path, help="earlier results, which are kept")
     parser.add_argument("--output", type=Path, help="default: results/forgetting_SPLIT.json")
     parser.add_argument("--model")
     parser.add_argument("--device", default="auto")

@@ -437,6 +437,23 @@ def test_a_method_is_added_to_earlier_results() -> None:
     ours["settings"]["forgetting"]["later_tokens"] += 1
     with pytest.raises(ValueError, match="how much is learnt and looked at differ"):
         joined(theirs, ours)
-    theirs["rows"][0]["book"] = "another.txt"
-    with pytest.raises(ValueError, match="books and unrelated texts differ"):
+    for row in theirs["rows"]:
+        row["unrelated"]["another.txt"] = {}
+    with pytest.raises(ValueError, match="unrelated texts differ"):
         joined(theirs, only("locas"))
+
+
+def test_a_book_is_added_to_earlier_results() -> None:
+    found = json.loads((Path(__file__).parents[2] / "results" / "forgetting_test.json").read_text())
+    first, *others = sorted({row["book"] for row in found["rows"]})
+    one, rest = (
+        found | {"rows": [row for row in found["rows"] if row["book"] in books]} for books in ([first], others)
+    )
+    both = joined(rest, one)
+    for key in ("at_equal_gain", "mmlu", "failed", "bit_exact", "settings"):
+        assert both[key] == found[key], key
+    assert sorted(both["rows"], key=str) == sorted(found["rows"], key=str)
+    half = joined(rest, one | {"rows": [row for row in one["rows"] if row["method"] == "locas"]})
+    assert {p["books"] for p in half["points"] if p["method"] == "locas"} == {1 + len(others)}
+    assert {p["books"] for p in half["points"] if p["method"] != "locas"} == {len(others)}
+    assert half["at_equal_gain"] == []

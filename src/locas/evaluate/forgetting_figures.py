@@ -45,22 +45,25 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def joined(earlier: Row, later: Row) -> Row:
-    """Two forgetting.json of the same books and texts as one, so that a method can be added without learning all again.
-    The later one's methods come first, and where both have a configuration its rows are taken.
+    """Two forgetting.json as one, so that a method or a book can be added without learning all again. The later one's
+    methods come first, and where both have a configuration on a book its rows are taken. Methods are compared over
+    those configurations that every book of either has.
 
     Raises:
-        ValueError: what was learnt or looked at, or the backbone, is not the same.
+        ValueError: the backbone, how much was learnt and looked at, or the unrelated texts are not the same.
     """
     same = {
         "backbone": lambda x: x["backbone"],
         "how much is learnt and looked at": lambda x: (x["settings"]["forgetting"], x["settings"]["max_tokens"]),
-        "books and unrelated texts": lambda x: sorted({(r["book"], *sorted(r["unrelated"])) for r in x["rows"]}),
+        "unrelated texts": lambda x: sorted({name for r in x["rows"] for name in r["unrelated"]}),
     }
     for what, of in same.items():
         if of(earlier) != of(later):
             raise ValueError(f"these results cannot be joined: {what} differ, {of(earlier)} and {of(later)}")
-    new = set(later["settings"]["configurations"])
-    result = {key: later[key] + [r for r in earlier[key] if r["label"] not in new] for key in ("rows", "failed")}
+    new = {(r["label"], r["book"]) for r in (*later["rows"], *later["failed"])}
+    result = {
+        key: later[key] + [r for r in earlier[key] if (r["label"], r["book"]) not in new] for key in ("rows", "failed")
+    }
     settings = earlier["settings"]["configurations"] | later["settings"]["configurations"]
     commits = {commit for x in (earlier, later) for commit in x.get("measured_at_commits", [x["commit"]])}
     return (
