@@ -33,10 +33,10 @@ ROOT = Path(__file__).parents[1]
 METHODS = (
     "truncation",
     "locas",
-    "locas:damping=0.1:lr=0.1",
+    "locas-recomputed",
+    "locas-recomputed:damping=0.1:lr=0.1",
+    "locas-recomputed:reuse=true:chunk=256",
     "truncation:reuse=true:chunk=256",
-    "locas:reuse=true:chunk=256",
-    "locas:reuse=true:chunk=256:damping=0.1",
     "locas-paper",
     "templora-paper",
     "templora-tuned",

@@ -24,6 +24,7 @@ from locas.memory import create, read
 from locas.store import save_tensors
 from locas.stream import ReadSettings
 from locas.text import Document
+from locas.write import WriteSettings
 from processes import Locas, sentences
 
 pytestmark = pytest.mark.integration
@@ -56,8 +57,9 @@ def test_the_figures_are_those_of_the_library(evaluated: tuple[Path, dict[str, A
     text = (library / "one.txt").read_text()
     ids, n_bytes = backbone.encode(text, 70)
     memory = create(backbone.model, ids[:32], rank=3, start_id=backbone.start_id)
-    for name, of in (("truncation", None), ("locas:rank=3", memory)):
-        records = list(read(backbone.model, of, ids, settings, start_id=backbone.start_id))
+    memorize = replace(settings, reuse=True, write=WriteSettings(damping=0.1))
+    for name, of, how in (("truncation", None, settings), ("locas:rank=3", memory, memorize)):
+        records = list(read(backbone.model, of, ids, how, start_id=backbone.start_id))
         nll = torch.cat([r.nll for r in records]).double()
         got = found["methods"][name]["per_book"]["one.txt"]
         assert (got["tokens"], got["bytes"]) == (70, n_bytes)

@@ -39,7 +39,8 @@ class EvalBooks:
         locas eval books books/ -o results/books --methods truncation,templora-tuned,locas,locas:rank=8 --seeds 0,1
         locas eval books --pg19 test -o results/pg19 --model Qwen/Qwen3-0.6B-Base --device cuda
 
-    Methods: truncation (no memory), attention (no memory, the longest window), locas, locas-paper, templora-paper,
+    Methods: truncation (no memory), attention (no memory, the longest window), locas (as `locas memorize` reads),
+    locas-recomputed (in the chunks of all others, every window recomputed), locas-paper, templora-paper,
     templora-tuned, lora-pissa, lora-eva (parameters as the default memory's), ffn-inplace, dynamic (all weights
     trained). Options follow a name: locas:rank=8:lr=0.05.
     """
@@ -69,7 +70,7 @@ class EvalBooks:
     window: Maybe[int] = None
     """Tokens that the model sees at once, for every method (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None
-    """Tokens that are scored, and then learnt, at once (default: half the window)."""
+    """Tokens that are scored, and then learnt, at once (default: half the window; for locas an eighth)."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     show: OutputOptions = field(default_factory=OutputOptions)
 

@@ -105,6 +105,8 @@ def _option(method: str, text: str) -> tuple[str, Option]:
         raise ValueError(f"the option {text!r} in {method!r} is not understood; write it as rank=16")
     if value.lower() in ("true", "false"):
         return key, value.lower() == "true"
+    if value.lower() == "none":
+        return key, None
     for kind in (int, float):
         try:
             return key, kind(value)

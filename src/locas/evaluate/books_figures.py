@@ -123,12 +123,13 @@ def _method(
 def _on_book(book: Book, runs: Sequence[Losses], plain: Sequence[Losses]) -> Figures:
     """One method on one book: means over seeds, and what each seed gave."""
     n = book.ids.numel()
-    whole = _upto(book, runs, n)
+    stops = plain[0].stops  # of every method, also of one that reads in shorter chunks: means over others say nothing
+    whole = _upto(book, runs, n, stops)
     return {
         "whole": whole,
         "bits_per_byte": whole["bits_per_byte"],
         "bits_per_byte_of_seeds": [Score.of(x.nll, len(book.text)).bits_per_byte for x in runs],
-        "at": {str(mark): _upto(book, runs, mark) for mark in MARKS_TOKENS if mark <= n},
+        "at": {str(mark): _upto(book, runs, mark, stops) for mark in MARKS_TOKENS if mark <= n},
         "seconds": _mean(x.seconds for x in runs),
         "relative_time": _mean(x.relative_time for x in runs),
         "peak_bytes": max(x.peak_bytes for x in runs),
@@ -136,13 +137,13 @@ def _on_book(book: Book, runs: Sequence[Losses], plain: Sequence[Losses]) -> Fig
     }
 
 
-def _upto(book: Book, runs: Sequence[Losses], tokens: int) -> Figures:
-    """Figures of a book's first `tokens` tokens, mean over seeds; `nll` is the sum, in nats."""
+def _upto(book: Book, runs: Sequence[Losses], tokens: int, stops: Sequence[int]) -> Figures:
+    """Figures of a book's first `tokens` tokens, mean over seeds; `nll` is the sum, in nats. stops: ends of chunks."""
     n_bytes = int(book.ends[tokens - 1])
     scores = [Score.of(x.nll[:tokens], n_bytes) for x in runs]
     nll = _mean(s.nll for s in scores)
     scored = scores[0].tokens
-    chunked = _mean(perplexities(x.nll[:tokens], cut(x.stops, tokens))[1] for x in runs)
+    chunked = _mean(perplexities(x.nll[:tokens], cut(stops, tokens))[1] for x in runs)
     return {**brief(Score(scored, n_bytes, nll)), "perplexity_chunk_mean": chunked}
 
 

@@ -7,7 +7,7 @@
         backbone.model.generate(...)
     learner.close()
 
-Same tokens, same windows, same scoring code for all: that of `locas.stream.Reader`.
+Same tokens, windows of the same length, same scoring code for all: that of `locas.stream.Reader`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from locas.sites import find_sites
 from locas.stream import ChunkRecord, Reader, ReadSettings
 from locas.write import WriteSettings
 
-Option = float | int | str | bool
+Option = float | int | str | bool | None
 Options = Mapping[str, Option]
 LONG_WINDOW_TOKENS = 16_384  # the paper's long attention
 
@@ -192,9 +192,11 @@ def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Opti
         raise ValueError(f"there is no method {name!r}; there are {', '.join(LEARNERS)}")
     if settings.start_in_every_window is None:
         settings = replace(settings, start_in_every_window=backbone.start_in_every_window)
-    left, allowed = dict(options or {}), ["window", "chunk"]
-    settings = _take(name, settings, left, ("window", "chunk"))
+    left, allowed, keeps = dict(options or {}), ["window", "chunk"], name not in RECIPES
+    settings = _take(name, _own(name, settings), left, ("window", "chunk", "reuse") if keeps else ("window", "chunk"))
     window, chunk = settings.sizes(backbone.model)
+    if settings.reuse and "reuse" not in (options or {}):  # not asked for: only where the backbone can
+        settings = replace(settings, reuse=settings.keeps_context(backbone.model, window, chunk))
     if name == "attention" and "window" not in (options or {}):
         # The longest window that the backbone was trained for, up to the paper's; chunks as everywhere else.
         longest = min(trained_context(backbone.model) or LONG_WINDOW_TOKENS, LONG_WINDOW_TOKENS)
@@ -217,16 +219,29 @@ def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Opti
     return setup
 
 
-MEMORIES = ("locas", "locas-paper")
+MEMORIES = ("locas", "locas-recomputed", "locas-paper")
 _KEPT_CONTEXT = ["reuse", "refresh", "sinks"]
+
+
+def _own(name: str, settings: ReadSettings) -> ReadSettings:
+    """The shared settings with those that are the method's own, before its options.
+
+    `locas` reads and writes as `locas memorize` does: context kept, short chunks, the metric of curvature.
+    `locas-recomputed` sees the very windows and chunks of all other methods, and `locas-paper` writes as published.
+    """
+    if name == "locas":
+        own = PRESETS["default"].read
+        return replace(settings, reuse=own.reuse, write=replace(settings.write, damping=own.write.damping))
+    if name == "locas-paper":
+        return replace(settings, write=PRESETS["paper"].read.write)
+    return settings
 
 
 def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tuple[Setup, list[str]]:
     """The setup of a memory, and the options that it takes."""
     init, read, name = InitSettings(), setup.read, setup.name
     if name == "locas-paper":
-        paper = PRESETS["paper"]
-        init, read = paper.init, replace(read, write=paper.read.write)
+        init = PRESETS["paper"].init
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
     of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", *_KEPT_CONTEXT]
     layers = str(left.pop("layers", "all"))
