@@ -227,6 +227,26 @@ def test_a_beginning_is_taken_from_a_longer_reading(library: Path, tmp_path: Pat
     assert [len(run("one", n).missing) for n in (170, 171)] == [0, 3]
 
 
+def test_chunk_means_are_over_the_same_chunks_for_a_method_that_writes_more_often(
+    library: Path, tmp_path: Path
+) -> None:
+    backbone = load_backbone()
+    document = Document("one.txt", (library / "one.txt").read_text(), "utf-8", "0" * 64)
+    methods = [Method.parse("locas:rank=2")]
+    run = BooksRun(backbone, [Book.of(document, backbone, 100)], tmp_path, methods, ReadSettings(window=64))
+    for _ in run:
+        pass
+    truncation, ours = (run.losses(unit) for unit in run.units)
+    assert truncation.stops == [32, 64, 96, 100]
+    assert ours.stops == [*range(8, 100, 8), 100]
+    for label, losses in (("truncation", truncation), ("locas:rank=2", ours)):
+        means = [
+            math.exp(float(losses.nll[a:b].double().nanmean())) for a, b in ((0, 32), (32, 64), (64, 96), (96, 100))
+        ]
+        found = results(run)["methods"][label]
+        assert found["perplexity_chunk_mean"] == pytest.approx(sum(32 * m for m in means[:3]) / 100 + means[3] * 0.04)
+
+
 def test_the_mean_curve_goes_as_far_as_half_of_the_books(library: Path, tmp_path: Path) -> None:
     backbone = load_backbone()
     document = Document("one.txt", (library / "one.txt").read_text(), "utf-8", "0" * 64)
