@@ -124,16 +124,26 @@ def table(result: dict[str, Any]) -> str:
     ]
     for pair in result["at_equal_gain"]:
         if pair["at"]:
+            names = list(pair["at"][0]["books"])
             rows = [
-                [f"{x['gain']:.4f}", f"{x['kl']:.4f}", f"{x['kl_against']:.4f}", f"{x['ratio']:.2f}"]
+                [f"{x['share']:.0%}", *(_apart(x["books"][name]) for name in names), f"{x['ratio']:.2f}"]
                 for x in pair["at"]
-                if x["ratio"] is not None
             ]
-            parts.append("KL at equal gain: the least of any rank, step size and scale, interpolated between scales.\n")
-            parts.append(markdown(["gain", pair["method"], pair["against"], "ratio"], rows))
+            parts.append(
+                f"`{pair['method']}` and `{pair['against']}` at equal gain, shares of the largest that both reach on a "
+                "book: gain, KL of the two, their ratio. KL: the least of any rank, step size and scale, interpolated "
+                "between scales.\n"
+            )
+            parts.append(markdown(["of the gain", *names, "ratio, geometric mean"], rows))
+        if pair["left_out"]:
+            parts.append(f"One of the two gains nothing on {', '.join(pair['left_out'])}.\n")
     parts += [_mmlu(result["mmlu"])] if result["mmlu"] else []
     parts += [f"{row['label']} diverged on {row['book']}.\n" for row in result["failed"]]
     return "\n".join(parts)
+
+
+def _apart(x: dict[str, float]) -> str:
+    return f"{x['gain']:.3f}: {x['kl']:.4f} / {x['kl_against']:.4f} = {x['ratio']:.2f}"
 
 
 def _mmlu(mmlu: dict[str, Any]) -> str:

@@ -134,12 +134,12 @@ def forgetting_in_brief(report: Row) -> str:
     parts = []
     for pair in sorted(report["at_equal_gain"], key=lambda pair: pair["method"]):
         if pair["method"].startswith("locas") and pair["against"].startswith("templora"):
-            ratios = [x["ratio"] for x in pair["at"]]
-            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} with `{pair['method']}`")
+            first, *_, last = [x["ratio"] for x in pair["at"]]
+            parts.append(f"{first:.2f} and {last:.2f} with `{pair['method']}`")
     text = (
         f"What it costs elsewhere, after {max(n for _, n in books_):,} tokens of "
-        f"{'one test book' if len(books_) == 1 else f'each of {len(books_)} test books'}: at equal gain on the book's "
-        f"later text, KL on other books, in units of TempLoRA's, is {', '.join(parts)}"
+        f"{'one test book' if len(books_) == 1 else f'each of {len(books_)} test books'}: KL on other books, in units "
+        f"of TempLoRA's, at a fifth and at all of the gain on the book's later text that both reach: {', '.join(parts)}"
     )
     if report["mmlu"]:
         changes = [x - report["mmlu"]["accuracy"] for label, x in report["mmlu"]["after"].items() if "locas" in label]

@@ -375,7 +375,15 @@ def test_points_are_means_over_books_and_those_without_all_books_are_not_compare
     assert (x["gain"], x["kl"], x["books"], z["books"]) == (pytest.approx(0.2), pytest.approx(0.02), 2, 1)
     assert 0.1 <= x["gain_low"] <= 0.2 <= x["gain_high"] <= 0.3
     (pair,) = found["at_equal_gain"]
-    assert [p["ratio"] for p in pair["at"]] == pytest.approx([0.25] * 5)
+    assert pair["left_out"] == []
+    assert [p["share"] for p in pair["at"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [p["books"]["a"]["ratio"] for p in pair["at"]] == pytest.approx([1 / 8] * 5)
+    assert [p["books"]["b"]["ratio"] for p in pair["at"]] == pytest.approx([3 / 8] * 5)
+    assert [p["ratio"] for p in pair["at"]] == pytest.approx([3**0.5 / 8] * 5)
+    nothing = [row | {"gain": -0.1} if (row["book"], row["label"]) == ("b", "x") else row for row in rows[:4]]
+    (pair,) = summarise({"rows": nothing, "failed": [], "mmlu": None})["at_equal_gain"]
+    assert pair["left_out"] == ["b"]
+    assert [p["ratio"] for p in pair["at"]] == pytest.approx([1 / 8] * 5)
 
 
 def test_cells_are_on_the_disk_at_once_and_their_names_depend_on_everything(tmp_path: Path) -> None:
@@ -426,7 +434,7 @@ def test_a_method_is_added_to_earlier_results() -> None:
         part["settings"]["configurations"] = {k: v for k, v in found["settings"]["configurations"].items() if k in kept}
         return part
 
-    ours, theirs = only("locas"), only("templora-tuned")
+    ours, theirs = only("locas-recomputed"), only("templora-tuned")
     both = joined(theirs, ours)
     assert sorted(both["rows"], key=lambda row: row["book"]) == found["rows"]
     for key in ("points", "at_equal_gain", "mmlu", "failed", "bit_exact"):
@@ -440,7 +448,7 @@ def test_a_method_is_added_to_earlier_results() -> None:
     for row in theirs["rows"]:
         row["unrelated"]["another.txt"] = {}
     with pytest.raises(ValueError, match="unrelated texts differ"):
-        joined(theirs, only("locas"))
+        joined(theirs, only("locas-recomputed"))
 
 
 def test_a_book_is_added_to_earlier_results() -> None:
@@ -453,7 +461,7 @@ def test_a_book_is_added_to_earlier_results() -> None:
     for key in ("at_equal_gain", "mmlu", "failed", "bit_exact", "settings"):
         assert both[key] == found[key], key
     assert sorted(both["rows"], key=str) == sorted(found["rows"], key=str)
-    half = joined(rest, one | {"rows": [row for row in one["rows"] if row["method"] == "locas"]})
-    assert {p["books"] for p in half["points"] if p["method"] == "locas"} == {1 + len(others)}
-    assert {p["books"] for p in half["points"] if p["method"] != "locas"} == {len(others)}
+    half = joined(rest, one | {"rows": [row for row in one["rows"] if row["method"] == "locas-recomputed"]})
+    assert {p["books"] for p in half["points"] if p["method"] == "locas-recomputed"} == {1 + len(others)}
+    assert {p["books"] for p in half["points"] if p["method"] != "locas-recomputed"} == {len(others)}
     assert half["at_equal_gain"] == []

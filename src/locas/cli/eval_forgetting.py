@@ -164,12 +164,13 @@ def comparisons(summary: dict[str, Any]) -> list[str]:
     """At equal gain, how two methods' KL compares."""
     lines = []
     for pair in summary["at_equal_gain"]:
-        if not pair["at"]:
-            lines.append(f"{pair['method']} and {pair['against']}: one of them gains nothing")
+        if pair["left_out"]:
+            books = ", ".join(pair["left_out"])
+            lines.append(f"{pair['method']} and {pair['against']}: one of them gains nothing on {books}")
         for x in pair["at"]:
             lines.append(
-                f"at a gain of {x['gain']:.4f}: KL {x['kl']:.4f} with {pair['method']}, {x['kl_against']:.4f} with "
-                f"{pair['against']} (ratio {x['ratio']:.2f})"
+                f"at {x['share']:.0%} of the gain that both reach: KL with {pair['method']} is {x['ratio']:.2f} of "
+                f"that with {pair['against']}"
             )
     return lines
 

@@ -22,19 +22,22 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         points: for each configuration and scale, means over books of gain, kl and bits_per_byte_change with bootstrap
-        intervals, parameters, seconds; at_equal_gain: see `equal_gain`, for each pair of methods, their ranks and step
-        sizes taken together; mmlu: accuracy before, and after learning, by configuration; failed.
+        intervals, parameters, seconds; at_equal_gain: for each pair of methods, their ranks and step sizes taken
+        together, see `equal_gain`: at (share of the gain that both reach, ratio: geometric mean over books, books: each
+        one's own figures), left_out: books on which one of them gains nothing; mmlu: accuracy before, and after
+        learning, by configuration; failed.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in result["rows"]:
         groups.setdefault((row["label"], row["scale"]), []).append(row)
     books = {row["book"] for row in result["rows"]} | {row["book"] for row in result["failed"]}
     points = [_point(rows) for rows in groups.values()]
-    whole = [p for p in points if p["books"] == len(books)]  # the others would be means over easier books
-    pairs = []
-    for one, other in itertools.combinations(dict.fromkeys(p["method"] for p in whole), 2):
-        found = equal_gain([p for p in whole if p["method"] == one], [p for p in whole if p["method"] == other])
-        pairs.append({"method": one, "against": other, "at": found})
+    whole = {p["label"] for p in points if p["books"] == len(books)}  # the others would be compared on easier books
+    rows = [row for row in result["rows"] if row["label"] in whole]
+    pairs = [
+        {"method": one, "against": other, **_compared(rows, one, other)}
+        for one, other in itertools.combinations(dict.fromkeys(row["method"] for row in rows), 2)
+    ]
     return {
         "points": points,
         "at_equal_gain": pairs,
@@ -132,6 +135,27 @@ def equal_gain(ours: Sequence[Row], theirs: Sequence[Row]) -> list[dict[str, flo
         kl, against = least_kl(ours, gain), least_kl(theirs, gain)
         found.append({"gain": gain, "kl": kl, "kl_against": against, "ratio": kl / against if against else math.inf})
     return found
+
+
+def _compared(rows: Sequence[Row], one: str, other: str) -> Row:
+    """Two methods at equal gain, book by book: books differ a hundredfold in what there is to gain."""
+    found, left_out = {}, []
+    for book in sorted({row["book"] for row in rows}):
+        own = [row for row in rows if row["book"] == book]
+        at = equal_gain([r for r in own if r["method"] == one], [r for r in own if r["method"] == other])
+        if at and all(0 < x["ratio"] < math.inf for x in at):
+            found[book] = at
+        else:
+            left_out.append(book)
+    shares = [
+        {
+            "share": (i + 1) / GAINS_COMPARED,
+            "ratio": math.exp(sum(math.log(at[i]["ratio"]) for at in found.values()) / len(found)),
+            "books": {book: at[i] for book, at in found.items()},
+        }
+        for i in (range(GAINS_COMPARED) if found else ())
+    ]
+    return {"at": shares, "left_out": left_out}
 
 
 def _mmlu(result: dict[str, Any]) -> dict[str, Any] | None:
