@@ -231,7 +231,8 @@ def _own(name: str, settings: ReadSettings) -> ReadSettings:
     """
     if name == "locas":
         own = PRESETS["default"].read
-        return replace(settings, reuse=own.reuse, write=replace(settings.write, damping=own.write.damping))
+        damping = own.write.damping if settings.write.damping is None else settings.write.damping
+        return replace(settings, reuse=own.reuse, write=replace(settings.write, damping=damping))
     if name == "locas-paper":
         return replace(settings, write=PRESETS["paper"].read.write)
     return settings
