@@ -23,7 +23,7 @@ from pretrain import export as exporting
 from pretrain import overlap
 from pretrain import prepare as preparing
 from pretrain.books import files, read_books
-from pretrain.settings import DATA, HOME, MODELS, PRESETS, RUNS, preset_of
+from pretrain.settings import DATA, HOME, MODELS, PRESETS, RUNS
 from pretrain.state import start
 from pretrain.train import train
 
@@ -53,7 +53,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    preset = preset_of(args.preset, args.model).changed(
+    preset = PRESETS[args.preset].changed(
         tokens=args.tokens, lr=args.lr, batch=args.batch, micro_batch=args.micro_batch, context=args.context,
         stable_context=args.stable_context, seed=args.seed, log_every=args.log_every, valid_every=args.valid_every,
     )  # fmt: skip

@@ -15,7 +15,7 @@ MODELS = ("tiny-glu", "tiny-mlp")
 
 @dataclass(frozen=True)
 class Preset:
-    """Size of the twins and how they are trained; both get the same but for what `OWN` says.
+    """Size of the twins and how they are trained; both twins get exactly the same.
 
     Attributes:
         name: the preset's.
@@ -33,7 +33,6 @@ class Preset:
         lr: the highest learning rate, of all weights alike (see optimiser.py).
         warmup: share of the steps in which the learning rate rises to `lr`.
         decay: share of the steps, the last ones, in which it falls to zero.
-        zero_outputs: whether what a layer's attention and FFN add to the stream begins at zero.
         weight_decay: share of a weight lost per step and unit of learning rate; not of norms.
         grad_clip: the gradient's length is cut to this.
         log_every: steps between two lines of the log.
@@ -54,7 +53,6 @@ class Preset:
     batch: int = 64
     micro_batch: int = 32
     lr: float = 3e-3
-    zero_outputs: bool = True
     warmup: float = 0.02
     decay: float = 0.3
     weight_decay: float = 0.1
@@ -114,18 +112,10 @@ PRESETS = {
     "gpu": Preset(),
     "cpu": Preset(
         "cpu", d_model=192, n_layers=6, n_heads=3, n_kv_heads=3, d_ff_glu=512, stable_context=256, tokens=7_500_000,
-        batch=2, micro_batch=1, zero_outputs=False, decay=0.4, valid_every=150, valid_windows=8, log_every=10,
+        batch=2, micro_batch=1, decay=0.4, valid_every=150, valid_windows=8, log_every=10,
     ),
     "smoke": Preset(
         "smoke", d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff_glu=128, context=64, tokens=64 * 8 * 20, batch=8,
         micro_batch=4, valid_every=10, valid_windows=4, log_every=5,
     ),
 }  # fmt: skip
-
-# A twin's own, by preset: with the same numbers for both, tiny-mlp was 2.3% behind on two CPU cores (LOG.md).
-OWN: dict[tuple[str, str], dict[str, Any]] = {("cpu", "tiny-mlp"): {"lr": 4.5e-3, "zero_outputs": True}}
-
-
-def preset_of(name: str, model: str) -> Preset:
-    """A preset with what one of the twins has of its own."""
-    return PRESETS[name].changed(**OWN.get((name, model), {}))

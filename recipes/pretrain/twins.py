@@ -74,18 +74,8 @@ def build(name: str, preset: Preset, vocab: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(preset.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_CAUSAL)
-    if preset.zero_outputs:
-        with torch.no_grad():
-            for weight in outputs(model):
-                weight.zero_()
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     return model
-
-
-def outputs(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices whose products are added to the stream: of every layer its attention's and its FFN's last one."""
-    last = (".o_proj.weight", ".down_proj.weight", ".c_proj.weight")
-    return [weight for name, weight in model.named_parameters() if name.endswith(last)]
 
 
 def _causal_attention(

@@ -18,18 +18,18 @@ from helpers import same_bytes
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
 
-from pretrain import evaluate, export, main, overlap, prepare, twins
+from pretrain import evaluate, export, main, overlap, prepare
 from pretrain.batches import Batches, spread
 from pretrain.books import FORMS, STYLES, Book, files, form_of, prepared, read_books, style_of, typeset
 from pretrain.optimiser import Optimiser, learning_rate
-from pretrain.settings import MODELS, PRESETS, Preset, preset_of
+from pretrain.settings import MODELS, PRESETS, Preset
 from pretrain.state import Run, start
 from pretrain.train import cut, mean_loss, train
 from pretrain.twins import build, n_parameters
 
 TINY = Preset(
     "tiny", d_model=12, n_layers=2, n_heads=3, n_kv_heads=1, d_ff_glu=22, context=19, tokens=20 * 19 * 6, batch=6,
-    micro_batch=2, zero_outputs=False, log_every=5, valid_every=10, valid_windows=3, warmup=0.2,
+    micro_batch=2, log_every=5, valid_every=10, valid_windows=3, warmup=0.2,
 )  # fmt: skip
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,25 +228,6 @@ def test_twins_are_stock_and_seeded() -> None:
     assert build("tiny-mlp", TINY, 53).config.hidden_act == "relu"
     with pytest.raises(ValueError, match="there is no twin 'tiny-moe'"):
         build("tiny-moe", TINY, 53)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_layers_can_begin_with_adding_nothing(name: str) -> None:
-    model, other = build(name, TINY.changed(zero_outputs=True), 53), build(name, TINY, 53)
-    ids = torch.arange(11)[None]
-    embedded = model.get_input_embeddings()(ids)
-    assert torch.equal(model.model(input_ids=ids).last_hidden_state, model.model.norm(embedded))
-    assert len(twins.outputs(model)) == 2 * TINY.n_layers
-    zero = {id(weight) for weight in twins.outputs(model)}
-    for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two) != (id(one) in zero)
-
-
-def test_a_twin_s_own_numbers() -> None:
-    ours, theirs = (preset_of("cpu", name) for name in ("tiny-glu", "tiny-mlp"))
-    assert ours == PRESETS["cpu"]
-    assert theirs == ours.changed(lr=theirs.lr, zero_outputs=True)
-    assert (ours.tokens, ours.d_model, ours.seed) == (theirs.tokens, theirs.d_model, theirs.seed)
 
 
 @pytest.mark.parametrize("name", MODELS)
