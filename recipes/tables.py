@@ -144,8 +144,9 @@ def forgetting_in_brief(report: Row) -> str:
     if report["mmlu"]:
         changes = [x - report["mmlu"]["accuracy"] for label, x in report["mmlu"]["after"].items() if "locas" in label]
         asked = max(report["mmlu"]["books"].values())
+        on = "" if asked == len(books_) else f", asked after {asked} of them,"
         text += (
-            f"; MMLU{'' if asked == len(books_) else f', asked after {asked} of them,'} changes by {100 * max(changes, key=abs):+.1f} points at most (standard error "
+            f"; MMLU{on} changes by {100 * max(changes, key=abs):+.1f} points at most (standard error "
             f"{100 * report['mmlu']['standard_error']:.1f})"
         )
     return point(f"{text}. With nothing attached, the backbone is the same to the last bit.")
