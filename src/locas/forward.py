@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from locas.attention import ChunkAttention
 from locas.head import IGNORED, head_nll, token_nll
 from locas.lean import recomputed
+from locas.sites import decoder_of
 
 _PROBE_TOKENS = 5
+_ROUNDING, _ROUNDING_LOW = 0.01, 0.05  # of a layer's output; positions that are absolute move it by 0.2 and more
 _RELATIVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()  # what was found out, by reach
 
 
@@ -184,7 +186,7 @@ __all__ = [
 
 
 def positions_are_relative(model: nn.Module, reach: int) -> bool:
-    """Whether shifting all positions by `reach` leaves the hidden states as they are, up to rounding: found out by
+    """Whether shifting all positions by `reach` leaves the first layer's output as it is, up to rounding: found out by
     running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
 
     Args:
@@ -200,19 +202,25 @@ def positions_are_relative(model: nn.Module, reach: int) -> bool:
 def _shifts_freely(model: nn.Module, reach: int) -> bool:
     body = decoder(model)
     ids = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        named = getattr(output, "last_hidden_state", None), getattr(output, "logits", None)  # a whole model's
+        found.append(next((x for x in named if x is not None), output[0] if isinstance(output, tuple) else output))
+
+    try:
+        looked_at = decoder_of(model)[0]  # deeper ones have rounded more often: in bfloat16 by a tenth after 12 layers
+    except ValueError:
+        looked_at = body
+    handle = looked_at.register_forward_hook(keep)
     with torch.no_grad(), frozen(model):
         try:
-            near, shifted, far = (
-                _hidden(call(body, ids, position_ids=torch.arange(_PROBE_TOKENS, device=ids.device)[None] + shift))
-                for shift in (0, 1, reach)
-            )
+            for shift in (0, 1, reach):
+                call(body, ids, position_ids=torch.arange(_PROBE_TOKENS, device=ids.device)[None] + shift)
         except (TypeError, IndexError, RuntimeError):
             return False
-    scale = near.norm(dim=-1)
-    rounding = 0.05 if near.dtype in (torch.bfloat16, torch.float16) else 0.01
-    return all(bool(((x - near).norm(dim=-1) <= rounding * scale).all()) for x in (shifted, far))
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden = getattr(output, "last_hidden_state", None)
-    return (output.logits if hidden is None else hidden).double()
+        finally:
+            handle.remove()
+    rounding = _ROUNDING_LOW if found[0].dtype in (torch.bfloat16, torch.float16) else _ROUNDING
+    near, *others = (x.double() for x in found)
+    return all(bool(((x - near).norm(dim=-1) <= rounding * near.norm(dim=-1)).all()) for x in others)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from families import FAMILY_NAMES
+from families import FAMILY_NAMES, tiny_model
 from helpers import START, fresh, memory_for, same_bytes, text
 from locas.attach import attached
 from locas.forward import positions_are_relative
@@ -111,6 +111,13 @@ def test_absolute_positions_are_recomputed_and_said_so(model_of: ModelOf, name: 
     assert not reader.reuses
     exact = scores(Reader(model, fresh(model, name), [ids], settings(reuse=False), start_id=START))
     assert same_bytes(scores(reader), exact)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_positions_are_known_for_what_they_are_when_everything_is_rounded(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model(name, dtype, layers=12)
+    assert positions_are_relative(model, 100) == (name not in ABSOLUTE)
 
 
 def test_positions_that_end_are_found_out(model_of: ModelOf) -> None:
