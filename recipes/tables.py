@@ -133,7 +133,7 @@ def forgetting_in_brief(report: Row) -> str:
     books_ = sorted({(row["book"], row["tokens"]) for row in report["rows"]})
     parts = []
     for pair in sorted(report["at_equal_gain"], key=lambda pair: pair["method"]):
-        if pair["method"].startswith("locas") and pair["against"].startswith("templora"):
+        if pair["method"].startswith("locas") and pair["against"].startswith("templora") and pair["at"]:
             first, *_, last = [x["ratio"] for x in pair["at"]]
             parts.append(f"{first:.2f} and {last:.2f} with `{pair['method']}`")
     text = (

@@ -16,7 +16,10 @@ THINGS = ["the white whale", "the old ship", "a long harpoon", "the grey sea", "
 TIMEOUT_S = 300.0
 POLL_S = 0.005
 
+SMALL = ("--window", "32", "--chunk", "16", "--rank", "2", "--max-tokens", "40", "--device", "cpu")
+
 Locas = Callable[..., "subprocess.CompletedProcess[str]"]
+Main = Callable[..., tuple[int, str, str]]  # (status, standard output, standard error)
 
 
 def environment() -> dict[str, str]:

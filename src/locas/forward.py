@@ -168,23 +168,6 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
-__all__ = [
-    "IGNORED",
-    "call",
-    "chunk_logits",
-    "chunk_nll",
-    "decoder",
-    "device_of",
-    "find_head",
-    "frozen",
-    "in_windows",
-    "input_embedding",
-    "read_prefix",
-    "token_nll",
-    "trained_context",
-]
-
-
 def positions_are_relative(model: nn.Module, reach: int) -> bool:
     """Whether shifting all positions by `reach` leaves the first layer's output as it is, up to rounding: found out by
     running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
@@ -224,3 +207,21 @@ def _shifts_freely(model: nn.Module, reach: int) -> bool:
     rounding = _ROUNDING_LOW if found[0].dtype in (torch.bfloat16, torch.float16) else _ROUNDING
     near, *others = (x.double() for x in found)
     return all(bool(((x - near).norm(dim=-1) <= rounding * near.norm(dim=-1)).all()) for x in others)
+
+
+__all__ = [
+    "IGNORED",
+    "call",
+    "chunk_logits",
+    "chunk_nll",
+    "decoder",
+    "device_of",
+    "find_head",
+    "frozen",
+    "in_windows",
+    "input_embedding",
+    "positions_are_relative",
+    "read_prefix",
+    "token_nll",
+    "trained_context",
+]

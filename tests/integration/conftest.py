@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from processes import Forks, Locas, sentences
+from locas import cli
+from processes import Forks, Locas, Main, sentences
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,18 @@ def tale(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tale") / "tale.txt"
     path.write_text(sentences(165))
     return path
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Runs the command line in this process: (status, standard output, standard error)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("locas.cli.common.err.width", 200)
+        try:
+            status = cli.main([str(a) for a in args])
+        except SystemExit as error:  # what the parser of arguments refuses
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return run

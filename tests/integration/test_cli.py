@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,31 +20,13 @@ from locas.backbone import load_backbone
 from locas.memory import load, read
 from locas.store import load_tensors
 from locas.stream import ReadSettings
-from processes import Forks, Locas, in_new_python, sentences
+from processes import SMALL, Forks, Locas, Main, in_new_python, sentences
 
 pytestmark = pytest.mark.integration
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 SIZES = ("--window", "128", "--chunk", "64", "--rank", "8")
-SMALL = ("--window", "32", "--chunk", "16", "--rank", "2", "--max-tokens", "40", "--device", "cpu")
 KEYS = {"tokens", "bytes", "nll", "perplexity", "bits_per_byte", "memory_parameters", "backbone_parameters", "seconds"}
-
-Main = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Runs the command line in this process: (status, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("locas.cli.common.err.width", 200)
-        try:
-            status = locas.cli.main([str(a) for a in args])
-        except SystemExit as error:  # what the parser of arguments refuses
-            status = int(error.code or 0)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -150,44 +131,6 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, main: Main, tale: Path) -> None
     assert json.loads(out)["documents"][0]["name"] == name
     assert load(output).provenance.documents[0].name == name
     assert main("info", output, "--json")[0] == 0
-
-
-def test_the_papers_settings(tmp_path: Path, main: Main, tale: Path) -> None:
-    output = tmp_path / "m.safetensors"
-    assert main("memorize", tale, "-o", output, *SMALL, "--preset", "paper")[0] == 0
-    found = load(output).provenance.settings
-    assert found["init"]["tau_scale"] == 1.0
-    assert (found["read"]["write"]["rule"], found["read"]["write"]["lr"]) == ("adamw", 4e-3)
-    assert found["read"]["window"] == 32
-    assert main("memorize", tale, "-o", output, *SMALL, "--preset=paper", "--lr", "0.01")[0] == 0
-    found = load(output).provenance.settings
-    assert (found["read"]["write"]["rule"], found["read"]["write"]["lr"]) == ("adamw", 0.01)
-    assert main("memorize", tale, "-o", output, *SMALL)[0] == 0
-    assert load(output).provenance.settings["read"]["write"]["rule"] == "muon"
-
-
-def test_the_context_is_kept_unless_told_otherwise_and_both_may_be_said(tmp_path: Path, main: Main, tale: Path) -> None:
-    output, small = tmp_path / "m.safetensors", ("--window", "32", "--rank", "3", "--max-tokens", "60")
-    cases = {(): True, ("--reuse",): True, ("--no-reuse",): False, ("--preset", "paper"): False}
-    cases |= {("--preset", "paper", "--no-reuse"): False, ("--preset", "paper", "--reuse", "--clip"): True}
-    for more, kept in cases.items():
-        status, out, err = main("memorize", tale, "-o", output, *small, *more, "--json")
-        assert status == 0, err
-        assert load(output).provenance.settings["read"]["reuse"] == kept, more
-        assert (json.loads(out)["nll"] == pytest.approx(_nll(output, tale, 4 if kept else 16))) is True
-
-
-def _nll(output: Path, tale: Path, chunk: int) -> float:
-    """What the library makes of it, told the chunk."""
-    backbone, said = locas.load_backbone(), load(output).provenance.settings
-    ids, _ = backbone.encode(tale.read_text(), 60)
-    write = locas.WriteSettings(**said["read"]["write"])
-    memory = locas.create(backbone.model, ids[:chunk], locas.InitSettings(**said["init"]), start_id=backbone.start_id)
-    settings = locas.ReadSettings(
-        window=32, chunk=chunk, reuse=said["read"]["reuse"], start_in_every_window=False, write=write
-    )
-    records = locas.read(backbone.model, memory, ids, settings, start_id=backbone.start_id)
-    return float(torch.cat([r.nll for r in records]).double().sum())
 
 
 def test_going_on_with_a_memory(tmp_path: Path, main: Main, tale: Path) -> None:

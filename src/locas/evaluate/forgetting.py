@@ -93,8 +93,7 @@ def configs(
         for rank, factor in product(choices, lr_factors):
             options = given | ({} if rank is None else {"rank": rank}) | _rate(own, factor)
             setup = resolve(method.learner, backbone, read, options)
-            shown = rank if rank is not None or not ranked else int(given["rank"] or 0)
-            found.append((Config(text, method.learner, tuple(sorted(options.items())), shown, factor), setup))
+            found.append((Config(text, method.learner, tuple(sorted(options.items())), setup.rank, factor), setup))
     labels = [c.label for c, _ in found]
     if len(set(labels)) != len(labels):
         raise ValueError(f"a configuration is given twice: {', '.join(labels)}")

@@ -151,6 +151,13 @@ class Setup:
     recipe: Recipe | None = None
 
     @property
+    def rank(self) -> int | None:
+        """Slots of a memory, or the rank that LoRA is told; None: it has none, or finds it itself."""
+        if self.init is not None:
+            return self.init.rank
+        return None if self.recipe is None else self.recipe.rank
+
+    @property
     def random(self) -> bool:
         """Whether another seed can change what it does."""
         if self.recipe is not None:
@@ -192,8 +199,8 @@ def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Opti
         raise ValueError(f"there is no method {name!r}; there are {', '.join(LEARNERS)}")
     if settings.start_in_every_window is None:
         settings = replace(settings, start_in_every_window=backbone.start_in_every_window)
-    left, allowed, keeps = dict(options or {}), ["window", "chunk"], name not in RECIPES
-    settings = _take(name, _own(name, settings), left, ("window", "chunk", "reuse") if keeps else ("window", "chunk"))
+    left, allowed = dict(options or {}), ["window", "chunk", *([] if name in RECIPES else _KEPT_CONTEXT)]
+    settings = _take(name, _own(name, settings), left, allowed)
     window, chunk = settings.sizes(backbone.model)
     if settings.reuse and "reuse" not in (options or {}):  # not asked for: only where the backbone can
         settings = replace(settings, reuse=settings.keeps_context(backbone.model, window, chunk))
@@ -211,9 +218,6 @@ def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Opti
     elif name in MEMORIES:
         setup, more = _memory_setup(setup, backbone, left)
         allowed += more
-    else:
-        setup = replace(setup, read=_take(name, setup.read, left, _KEPT_CONTEXT))
-        allowed += _KEPT_CONTEXT
     if left:
         raise ValueError(f"{name} has no option {', '.join(map(repr, left))}; it has {', '.join(allowed)}")
     return setup
@@ -244,7 +248,7 @@ def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tup
     if name == "locas-paper":
         init = PRESETS["paper"].init
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
-    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", *_KEPT_CONTEXT]
+    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps"]
     layers = str(left.pop("layers", "all"))
     parse_layers(layers, len(find_sites(backbone.model)))
     read = replace(_take(name, read, left, of_read), write=_take(name, read.write, left, of_write))
