@@ -46,6 +46,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "gptj": {**_N, "rotary_dim": 4},
     "phi": {**_ROTARY, "hidden_size": 24},
     "starcoder2": _ROTARY,
+    "apertus": {**_ROTARY, "hidden_act": "relu", "pad_token_id": None},
     "falcon": {**_BASE, "hidden_size": 20, "ffn_hidden_size": D_FF, "bias": True},
     "bloom": {**_COMMON, "hidden_size": 22, "n_head": 2},
     "qwen3_moe": {
@@ -69,7 +70,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3"]
 GATED += ["glm", "glm4", "granite"]
-MLP = ["gpt2", "opt", "opt_post_norm", "gpt_neox", "gptj", "phi", "starcoder2", "falcon", "bloom"]
+MLP = ["gpt2", "opt", "opt_post_norm", "gpt_neox", "gptj", "phi", "starcoder2", "apertus", "falcon", "bloom"]
 MOE = ["qwen3_moe", "mixtral"]
 MULTIMODAL = ["gemma3"]  # tiny_model makes it, but it is not in FAMILY_NAMES: only its text half is ours
 FAMILY_NAMES: list[str] = GATED + MLP + MOE

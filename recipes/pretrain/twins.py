@@ -1,10 +1,11 @@
 """The two backbones: stock architectures of transformers, as alike as they can be but for the FFN.
 
-* `tiny-glu`: Qwen3 (gated SiLU FFN, RMSNorm, norms on queries and keys).
-* `tiny-mlp`: StarCoder2 (FFN of two matrices) with ReLU and without biases; LayerNorm, no norms on queries and keys.
+* `tiny-glu`: Qwen3 (gated SiLU FFN).
+* `tiny-mlp`: Apertus (FFN of two matrices) with ReLU.
 
-Both: rotary positions, grouped key heads, tied embeddings. An FFN of width 1.5 f with two matrices has the weights of
-one of width f with three, so the twins differ by their norms alone.
+Both: RMSNorm, norms on queries and keys, rotary positions, grouped key heads, tied embeddings. An FFN of width 1.5 f
+with two matrices has the weights of one of width f with three, so the twins have equally many, and differ by the FFN
+alone.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    ApertusConfig,
     AttentionInterface,
     AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
-    Starcoder2Config,
 )
 
 from pretrain.settings import MODELS, Preset
@@ -46,20 +47,18 @@ def config_of(name: str, preset: Preset, vocab: int) -> PretrainedConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
-        "sliding_window": None,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
     }
     if name == "tiny-glu":
         return Qwen3Config(
-            **both, head_dim=preset.d_model // preset.n_heads, intermediate_size=preset.d_ff_glu, hidden_act="silu"
-        )
-    if name == "tiny-mlp":
-        return Starcoder2Config(
-            **both, intermediate_size=preset.d_ff_glu * 3 // 2, hidden_act="relu", use_bias=False,
-            residual_dropout=0.0, embedding_dropout=0.0,
+            **both, head_dim=preset.d_model // preset.n_heads, intermediate_size=preset.d_ff_glu, hidden_act="silu",
+            sliding_window=None,
         )  # fmt: skip
+    if name == "tiny-mlp":
+        return ApertusConfig(**both, intermediate_size=preset.d_ff_glu * 3 // 2, hidden_act="relu", pad_token_id=None)
     raise ValueError(f"there is no twin {name!r}; choose one of {', '.join(MODELS)}")
 
 

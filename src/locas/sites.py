@@ -94,6 +94,8 @@ FAMILIES: list[Family] = [
     Family(("gptj",), "transformer.h", **_in_mlp("fc_in", "fc_out"), activation=_ACT_FN, width="n_inner"),
     Family(("phi",), "model.layers", **_in_mlp("fc1", "fc2")),
     Family(("starcoder2",), "model.layers", **_in_mlp("c_fc", "c_proj")),
+    # Its own activation, xielu, has weights that are learned; with one of ACTIVATIONS it is Qwen3 without gates.
+    Family(("apertus",), "model.layers", **_in_mlp("up_proj", "down_proj")),
     Family(("falcon",), "transformer.h", **_4H, activation="activation", width="ffn_hidden_size"),
     # mlp(A, residual) returns the sum. Under pretraining_tp > 1 with slow_but_exact it never calls the down
     # module, so that is no exit, and observe_intermediate sees nothing in that mode. The width is 4 d_model in code.

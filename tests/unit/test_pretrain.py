@@ -212,14 +212,14 @@ def test_an_epoch_deals_every_window_once_and_the_order_is_a_function_of_seed_an
 def test_twins_have_equally_many_parameters(preset: Preset) -> None:
     with torch.device("meta"):
         glu, mlp = (n_parameters(build(name, preset, prepare.VOCAB)) for name in MODELS)
-    assert abs(glu - mlp) < 0.01 * glu
+    assert glu == mlp
     if preset.name == "gpu":
         assert 25e6 < glu < 30e6
         assert 2 * glu < 64 * 2**20  # bytes in bfloat16
 
 
 def test_twins_are_stock_and_seeded() -> None:
-    for name, family in zip(MODELS, ("Qwen3ForCausalLM", "Starcoder2ForCausalLM"), strict=True):
+    for name, family in zip(MODELS, ("Qwen3ForCausalLM", "ApertusForCausalLM"), strict=True):
         one, two, other = build(name, TINY, 53), build(name, TINY, 53), build(name, TINY.changed(seed=1), 53)
         assert type(one).__name__ == family
         assert all(same_bytes(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
