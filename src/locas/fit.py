@@ -1,4 +1,4 @@
-"""Values fitted by least squares, which compressing rests on.
+"""Values fitted by least squares, which compressing and anchoring rest on.
 
 A memory's function in a layer is linear in its values: F(A) = sum_j m_j(A) tau v_j, where the response m_j depends on
 slot j's key (and gate) only. So the values with which given slots come nearest to a wanted function, on the
@@ -88,39 +88,59 @@ def ridged(gram: Tensor, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def sample_activations(
-    model: nn.Module,
-    bank: Bank,
-    ids: Tensor,
-    *,
-    start_id: int | None = None,
-) -> dict[int, Tensor]:
-    """The FFNs' inputs at every token of a text, with the memory attached: {layer: [n, d_model]} on the CPU, in the
-    model's dtype. The text is run in windows of the trained context, whose start tokens are left out.
+def look_at_activations(
+    model: nn.Module, bank: Bank, ids: Tensor, look: Callable[[int, Tensor], None], *, start_id: int | None = None
+) -> None:
+    """Calls `look(layer, a)` with the FFNs' inputs a [n, d_model] at every token of a text, with the memory attached.
+
+    In the model's dtype, on its device. The text is run in windows of the trained context, whose start tokens are left
+    out.
 
     Args:
         model: the backbone.
         bank: what is attached.
         ids: [n] token ids.
+        look: called for every window and layer.
         start_id: put before every window, where the model expects a start token.
     """
     sites = check_fit(model, bank)
-    found: dict[int, list[Tensor]] = {layer: [] for layer in sites}
     lead = int(start_id is not None)
 
-    def keep(layer: int) -> Any:
+    def hook_of(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[layer].append(first_input(args, kwargs).detach().reshape(-1, bank.d_model)[lead:].cpu())
+            look(layer, first_input(args, kwargs).detach().reshape(-1, bank.d_model)[lead:])
 
         return hook
 
     ids = ids.to(device_of(model), torch.int64)
     with frozen(model), attached(model, bank):
-        handles = [s.entry.register_forward_pre_hook(keep(layer), with_kwargs=True) for layer, s in sites.items()]
+        handles = [s.entry.register_forward_pre_hook(hook_of(layer), with_kwargs=True) for layer, s in sites.items()]
         try:
             for window in in_windows(model, ids, start_id):
                 call(model, window[None])
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def sample_activations(model: nn.Module, bank: Bank, ids: Tensor, *, start_id: int | None = None) -> dict[int, Tensor]:
+    """All that `look_at_activations` shows: {layer: [n, d_model]} on the CPU, in the model's dtype."""
+    found: dict[int, list[Tensor]] = {layer: [] for layer in bank.layers}
+    look_at_activations(model, bank, ids, lambda layer, a: found[layer].append(a.cpu()), start_id=start_id)
     return {layer: torch.cat(parts) if parts else torch.empty(0, bank.d_model) for layer, parts in found.items()}
+
+
+def second_moments(model: nn.Module, bank: Bank, ids: Tensor, *, start_id: int | None = None) -> dict[int, Tensor]:
+    """Mean over a text's tokens of m m^T, m the slots' responses: {layer: [rank, rank]} float64 on the CPU.
+
+    Args: as `look_at_activations`'s.
+    """
+    parts = {layer: part_of(bank, layer) for layer in bank.layers}
+    sums = {layer: torch.zeros(rank, rank, dtype=torch.float64) for layer, rank in bank.ranks.items()}
+
+    def add(layer: int, a: Tensor) -> None:
+        m = parts[layer].responses(a.double().cpu())
+        sums[layer] += m.T @ m
+
+    look_at_activations(model, bank, ids, add, start_id=start_id)
+    return {layer: total / max(1, ids.numel()) for layer, total in sums.items()}

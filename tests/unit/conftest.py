@@ -12,6 +12,7 @@ from checkpoints import SavedOf, stock
 from families import tiny_model
 from locas import sites
 from locas.backbone import Backbone
+from locas.cli import main
 from locas.sites import FAMILIES, Family
 from memory_files import small_memory
 from tokens import tiny_backbone
@@ -73,3 +74,14 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     path = tmp_path_factory.mktemp("store") / "m.safetensors"
     small_memory().save(path)
     return path, path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def read_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and a memory of it, made with the built-in backbone."""
+    folder = tmp_path_factory.mktemp("read")
+    license_ = (Path(__file__).parents[2] / "LICENSE").read_text()
+    (folder / "a.txt").write_text(license_[:5000])
+    size = ["--window", "128", "--chunk", "64", "--rank", "8"]
+    assert main(["memorize", str(folder / "a.txt"), "-o", str(folder / "m.safetensors"), *size]) == 0
+    return folder

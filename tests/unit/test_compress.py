@@ -390,17 +390,6 @@ def test_a_run_of_the_cycle_stops_anywhere_and_goes_on(start: bool, model_of: Mo
 # -------------------------------------------------------------------- command line
 
 
-@pytest.fixture(scope="module")
-def read_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text and a memory of it, made with the built-in backbone."""
-    folder = tmp_path_factory.mktemp("compress")
-    license_ = (Path(__file__).parents[2] / "LICENSE").read_text()
-    (folder / "a.txt").write_text(license_[:5000])
-    size = ["--window", "128", "--chunk", "64", "--rank", "8"]
-    assert main(["memorize", str(folder / "a.txt"), "-o", str(folder / "m.safetensors"), *size]) == 0
-    return folder
-
-
 def test_the_command_says_how_much_survives(read_memory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = read_memory
     command = ["compress", str(folder / "m.safetensors"), "-o", str(folder / "s.safetensors"), "--rank", "4",

@@ -1,4 +1,4 @@
-"""The command line: `locas memorize`, `score`, `generate`, `chat`, `compose`, `compress`, `merge`,
+"""The command line: `locas memorize`, `score`, `generate`, `chat`, `compose`, `compress`, `anchor`, `merge`,
 `unmerge`, `info`, `eval`, `report`, `bench`, `demo`.
 
 Flags are generated from the settings' dataclasses, where their defaults and help texts stand.
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from locas._version import __version__
+from locas.cli.anchor import Anchor
 from locas.cli.bench import Bench
 from locas.cli.common import UserError, fail, out, print_json
 from locas.cli.compose import Compose
@@ -102,6 +103,7 @@ def _parse(args: list[str]) -> Any:
         | sub("chat", Chat)
         | sub("compose", Compose)
         | sub("compress", Compress)
+        | sub("anchor", Anchor)
         | sub("merge", Merge)
         | sub("unmerge", Unmerge)
         | sub("info", Info)

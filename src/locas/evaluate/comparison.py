@@ -10,19 +10,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from locas.backbone import Backbone
-from locas.evaluate.learners import Learner, Locas
+from locas.evaluate.learners import Locas
 from locas.forward import IGNORED, chunk_logits, frozen, token_nll
 from locas.stream import Reader, ReadSettings
 from locas.window import Window
 
 _HELD_BYTES = 2**28  # of the backbone's logits that are kept while those with what was learnt are made
+
+
+class Learnt(Protocol):
+    """What was learnt: a learner, or a memory from a file. name: in messages."""
+
+    @property
+    def name(self) -> str: ...
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Inside, the backbone acts with it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Comparison:
 
 def compare(
     backbone: Backbone,
-    learner: Learner,
+    learner: Learnt,
     ids: Tensor,
     read: ReadSettings,
     *,
@@ -131,7 +142,7 @@ def _logits(backbone: Backbone, window: Window) -> Tensor:
 # -------------------------------------------------------------------- the dial
 
 
-def can_scale(backbone: Backbone, learner: Learner) -> bool:
+def can_scale(backbone: Backbone, learner: Learnt) -> bool:
     """Whether what was learnt is a sum with one factor: a memory, or LoRA that began at zero."""
     if isinstance(learner, Locas):
         return True
@@ -140,7 +151,7 @@ def can_scale(backbone: Backbone, learner: Learner) -> bool:
 
 
 @contextmanager
-def scaled(backbone: Backbone, learner: Learner, scale: float) -> Iterator[None]:
+def scaled(backbone: Backbone, learner: Learnt, scale: float) -> Iterator[None]:
     """Inside, and inside `learner.active()`, what was learnt counts `scale` times: tau, or LoRA's alpha / rank.
 
     Raises:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from locas.anchor import SAMPLE_TOKENS, anchored_bank, check_strength, own_text
 from locas.attach import attached
 from locas.backbone import Backbone
 from locas.bank import Bank
@@ -90,12 +91,18 @@ class Truncated:
 
 
 class Locas:
-    """A memory, made from the first chunk that is read."""
+    """A memory, made from the first chunk that is read. anchor: strength with which it is anchored after each text."""
 
     def __init__(
-        self, name: str, backbone: Backbone, settings: ReadSettings, init: InitSettings, layers: str = "all"
+        self,
+        name: str,
+        backbone: Backbone,
+        settings: ReadSettings,
+        init: InitSettings,
+        layers: str = "all",
+        anchor: float | None = None,
     ) -> None:
-        self.name, self.backbone, self.settings, self.init = name, backbone, settings, init
+        self.name, self.backbone, self.settings, self.init, self.anchor = name, backbone, settings, init, anchor
         _, self._chunk = settings.sizes(backbone.model)
         sites = find_sites(backbone.model)
         self.layers = parse_layers(layers, len(sites))
@@ -117,6 +124,11 @@ class Locas:
         for (record,) in self._reader:
             assert record is not None
             yield record
+        if self.anchor is not None:
+            others = own_text(model, start_id=start_id, seed=self.init.seed)
+            self.bank, _, _ = anchored_bank(
+                self.bank, model, ids[-SAMPLE_TOKENS:], others, self.anchor, start_id=start_id
+            )
 
     def active(self) -> AbstractContextManager[Any]:
         """Inside, the memory is attached."""
@@ -142,6 +154,7 @@ class Setup:
         init: how the memory is made, for memories.
         layers: that get one.
         recipe: how weights are trained, for methods that train weights.
+        anchor: how strongly a memory is anchored when a text is read; None: not at all.
     """
 
     name: str
@@ -149,6 +162,7 @@ class Setup:
     init: InitSettings | None = None
     layers: str = "all"
     recipe: Recipe | None = None
+    anchor: float | None = None
 
     @property
     def rank(self) -> int | None:
@@ -163,7 +177,8 @@ class Setup:
         if self.recipe is not None:
             begins_randomly = self.recipe.trains == "lora" and self.recipe.init == "default"
             return begins_randomly or self.recipe.whole_window  # which is in training mode, with dropout
-        return self.init is not None and self.init.init in ("random-rows", "gaussian")
+        drawn = self.anchor is not None  # against text that the backbone draws
+        return self.init is not None and (drawn or self.init.init in ("random-rows", "gaussian"))
 
     def record(self) -> dict[str, Any]:
         """Its settings, for keys and result files. Without a memory nothing is said of how one would be written."""
@@ -171,6 +186,8 @@ class Setup:
         if self.init is None:
             for name in ("steps", "fill_eps", "write"):
                 del settings["read"][name]
+        if self.anchor is None:
+            del settings["anchor"]
         return settings
 
 
@@ -251,13 +268,24 @@ def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tup
     of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps"]
     layers = str(left.pop("layers", "all"))
     parse_layers(layers, len(find_sites(backbone.model)))
+    anchor = _anchor(name, left.pop("anchor", None))
     read = replace(_take(name, read, left, of_read), write=_take(name, read.write, left, of_write))
-    return replace(setup, init=_take(name, init, left, of_init), read=read, layers=layers), [
+    return replace(setup, init=_take(name, init, left, of_init), read=read, layers=layers, anchor=anchor), [
         "layers",
+        "anchor",
         *of_init,
         *of_read,
         *of_write,
     ]
+
+
+def _anchor(name: str, given: Option) -> float | None:
+    if given is None:
+        return None
+    if isinstance(given, bool | str):
+        raise ValueError(f"{name}: anchor must be a positive number, or none; got {given!r}")
+    check_strength(given)
+    return float(given)
 
 
 def _take(name: str, settings: Any, options: dict[str, Any], mine: Sequence[str]) -> Any:
@@ -278,7 +306,7 @@ def _truncated(backbone: Backbone, setup: Setup, seed: int) -> Learner:
 
 def _locas(backbone: Backbone, setup: Setup, seed: int) -> Learner:
     assert setup.init is not None
-    return Locas(setup.name, backbone, setup.read, replace(setup.init, seed=seed), setup.layers)
+    return Locas(setup.name, backbone, setup.read, replace(setup.init, seed=seed), setup.layers, setup.anchor)
 
 
 def _weights(backbone: Backbone, setup: Setup, seed: int) -> Learner:
