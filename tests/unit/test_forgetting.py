@@ -442,6 +442,8 @@ def test_a_method_is_added_to_earlier_results() -> None:
     assert both["settings"] == found["settings"]
     assert joined(both, ours)["points"] == both["points"]
     assert joined(ours, theirs)["at_equal_gain"][0]["method"] == "templora-tuned"
+    ours["settings"]["forgetting"]["scales"] = [2.0, 0.25]
+    assert joined(theirs, ours)["settings"]["forgetting"]["scales"] == [0.25, 0.5, 0.75, 1.0, 2.0]
     ours["settings"]["forgetting"]["later_tokens"] += 1
     with pytest.raises(ValueError, match="how much is learnt and looked at differ"):
         joined(theirs, ours)

@@ -50,14 +50,17 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
 def joined(earlier: Row, later: Row) -> Row:
     """Two forgetting.json as one, so that a method or a book can be added without learning all again. The later one's
     methods come first, and where both have a configuration on a book its rows are taken. Methods are compared over
-    those configurations that every book of either has.
+    those configurations that every book of either has; their output scales may differ.
 
     Raises:
         ValueError: the backbone, how much was learnt and looked at, or the unrelated texts are not the same.
     """
     same = {
         "backbone": lambda x: x["backbone"],
-        "how much is learnt and looked at": lambda x: (x["settings"]["forgetting"], x["settings"]["max_tokens"]),
+        "how much is learnt and looked at": lambda x: (
+            {k: v for k, v in x["settings"]["forgetting"].items() if k != "scales"},
+            x["settings"]["max_tokens"],
+        ),
         "unrelated texts": lambda x: sorted({name for r in x["rows"] for name in r["unrelated"]}),
     }
     for what, of in same.items():
@@ -67,11 +70,16 @@ def joined(earlier: Row, later: Row) -> Row:
     result = {
         key: later[key] + [r for r in earlier[key] if (r["label"], r["book"]) not in new] for key in ("rows", "failed")
     }
-    settings = earlier["settings"]["configurations"] | later["settings"]["configurations"]
+    one, other = earlier["settings"], later["settings"]
+    scales = sorted({*one["forgetting"]["scales"], *other["forgetting"]["scales"]})
+    settings = {
+        "forgetting": other["forgetting"] | {"scales": scales},
+        "configurations": one["configurations"] | other["configurations"],
+    }
     commits = {commit for x in (earlier, later) for commit in x.get("measured_at_commits", [x["commit"]])}
     return (
         later
-        | {"settings": later["settings"] | {"configurations": settings}}
+        | {"settings": other | settings}
         | {"measured_at_commits": sorted(map(str, commits))}
         | summarise(result | {"mmlu": later["mmlu"] or earlier["mmlu"]})
         | {"rows": result["rows"]}
