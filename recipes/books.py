@@ -11,6 +11,13 @@ on different books (--books) with one folder; a last run over all of them puts t
 method is added to results that are there:
 
     python recipes/books.py ../shared/data/books/test -o runs/books --methods lora-eva --join results/books.json
+
+Readings that take longer than a machine is at hand are done some books at a time, and put together at the end:
+
+    python recipes/books.py ../shared/data/books/test -o runs/1 --methods templora-tuned --books 7987,6412 \
+        --results results/parts/1.json
+    python recipes/books.py ../shared/data/books/test -o runs/2 --methods templora-tuned --books ALL,THE,OTHERS \
+        --parts results/parts/1.json --join results/books_whole.json --results results/books_whole.json
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ import torch
 
 from locas.cli import main as locas
 from locas.evaluate.book import Method
-from locas.evaluate.books_figures import joined
+from locas.evaluate.books_figures import joined, together
 from locas.evaluate.report import differences_picture
 from locas.evaluate.weights import RECIPES
 from locas.store import write_atomically
@@ -73,8 +80,11 @@ def main() -> int:
     parser.add_argument("--model", help="backbone (default: the built-in one)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--tuned", type=Path, default=ROOT / "results" / "tune_baselines.json")
+    parser.add_argument("--parts", type=Path, nargs="+", default=[], help="results of the same methods on other books")
     parser.add_argument("--join", type=Path, help="earlier results on the same books, whose methods are kept")
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "books.json")
+    parser.add_argument(
+        "--results", type=Path, help="where the figures go (default: results/books.json, or nowhere with --books)"
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -85,12 +95,14 @@ def main() -> int:
     command += ["--max-tokens", str(args.max_tokens)] if args.max_tokens else []
     command += ["--model", args.model] if args.model else []
     status = locas(command)
-    if status == 0 and not args.books:
-        found = json.loads((args.output / "results.json").read_text())
+    goes_to = args.results or (None if args.books else ROOT / "results" / "books.json")
+    if status == 0 and goes_to:
+        found = together([json.loads(path.read_text()) for path in (*args.parts, args.output / "results.json")])
         if args.join:
             found = joined(json.loads(args.join.read_text()), found, methods(list(METHODS), args.tuned))
-        write_atomically(args.results, (json.dumps(found, indent=1) + "\n").encode())
-        write_atomically(args.results.with_suffix(".png"), differences_picture(found))
+        goes_to.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(goes_to, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomically(goes_to.with_suffix(".png"), differences_picture(found))
     return status
 
 

@@ -15,7 +15,7 @@ import locas.cli
 from locas.backbone import load_backbone
 from locas.evaluate.book import Book, Method, load_text
 from locas.evaluate.books import BooksRun, load_losses
-from locas.evaluate.books_figures import joined, results
+from locas.evaluate.books_figures import joined, results, together
 from locas.evaluate.cells import finite
 from locas.evaluate.pg19 import from_rows, pg19
 from locas.evaluate.report import differences_picture, write_report
@@ -178,6 +178,27 @@ def test_a_method_is_added_to_earlier_results(evaluated: tuple[Path, dict[str, A
         joined(earlier, later)
     with pytest.raises(ValueError, match="backbone is"):
         joined(later, later | {"backbone": later["backbone"] | {"name": "other"}})
+
+
+def test_books_that_were_read_apart_are_put_together(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    _, found = evaluated
+
+    def only(name: str) -> dict[str, Any]:
+        report = json.loads(json.dumps(found))
+        report["books"] = [book for book in report["books"] if book["name"] == name]
+        for method in report["methods"].values():
+            method["per_book"] = {name: method["per_book"][name]}
+            method["undone"] = 0
+        return report
+
+    one, two = (only(book["name"]) for book in found["books"])
+    assert together([two, one]) == found
+    assert together([found]) == found
+    with pytest.raises(ValueError, match="a book is in two of them"):
+        together([one, found])
+    two["settings"]["methods"]["truncation"]["read"]["window"] += 1
+    with pytest.raises(ValueError, match="settings differ"):
+        together([one, two])
 
 
 def test_a_stopped_run_goes_on(library: Path, tmp_path: Path) -> None:

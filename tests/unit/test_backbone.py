@@ -206,7 +206,9 @@ def test_the_twins_differ_by_their_ffn() -> None:
     for same in ("tokens", "step", "n_steps", "settings", "data"):
         assert histories[0][same] == histories[1][same]
     assert histories[0]["step"] == histories[0]["n_steps"]  # trained to the end
-    found = [json.loads((BACKBONES / name / "evaluation.json").read_text())["mean_bits_per_byte"] for name in built_in()]
+    found = [
+        json.loads((BACKBONES / name / "evaluation.json").read_text())["mean_bits_per_byte"] for name in built_in()
+    ]
     for form, one in found[0].items():  # on the development books
         assert one == pytest.approx(found[1][form], rel=0.02), form
 

@@ -57,9 +57,7 @@ def joined(earlier: Figures, later: Figures, order: Sequence[str] = ()) -> Figur
     Raises:
         ValueError: other books, another backbone, or a method that both have and that does not read alike in them.
     """
-    for key in ("format", "version", "backbone", "bootstrap"):
-        if earlier[key] != later[key]:
-            raise ValueError(f"these results cannot be joined: {key} is {earlier[key]} and {later[key]}")
+    _check_alike(earlier, later)
     kinds = [{(b["name"], b["tokens"], b["sha256"]) for b in report["books"]} for report in (earlier, later)]
     if kinds[0] != kinds[1]:
         raise ValueError(
@@ -91,32 +89,80 @@ def joined(earlier: Figures, later: Figures, order: Sequence[str] = ()) -> Figur
     }
 
 
+def together(parts: Sequence[Figures]) -> Figures:
+    """Result files of the same methods on different books as one, so that long readings can be done some at a time.
+
+    Args:
+        parts: result files; what they all have in common is the last one's.
+
+    Raises:
+        ValueError: a book twice, other methods, or methods with other settings or seeds.
+    """
+    *others, last = parts
+    books = sorted((book for part in parts for book in part["books"]), key=lambda book: str(book["name"]))
+    if len({book["name"] for book in books}) < len(books):
+        raise ValueError("these results cannot be put together: a book is in two of them")
+    for part in others:
+        _check_alike(part, last)
+        for key in ("seeds", "settings"):
+            if part[key] != last[key]:
+                raise ValueError(f"these results cannot be put together: {key} differ, {part[key]} and {last[key]}")
+    names = [book["name"] for book in books]
+    methods = {}
+    for label, method in last["methods"].items():
+        on = {name: on for part in parts for name, on in part["methods"][label]["per_book"].items()}
+        undone = sum(part["methods"][label]["undone"] for part in parts)
+        methods[label] = method | {"undone": undone} | _over_books({name: on[name] for name in names})
+    commits = {commit for part in parts for commit in part["measured_at_commits"]}
+    return last | {
+        "measured_at_commits": sorted(commits),
+        "books": books,
+        "methods": methods,
+        "paired": _pairs(methods),
+    }
+
+
+def _check_alike(one: Figures, other: Figures) -> None:
+    for key in ("format", "version", "backbone", "bootstrap"):
+        if one[key] != other[key]:
+            raise ValueError(f"these results cannot be joined: {key} is {one[key]} and {other[key]}")
+
+
 def _method(
     run: BooksRun, method: Method, measured: dict[str, list[Losses]], plain: dict[str, list[Losses]]
 ) -> Figures:
-    books = {b.name: _on_book(b, measured[b.name], plain[b.name]) for b in run.books}
     runs = list(itertools.chain.from_iterable(measured.values()))
     first = runs[0]
+    per_book = {
+        b.name: _on_book(b, measured[b.name], plain[b.name])
+        | {"losses": [_file(run, seed, b.name, method) for seed in run.seeds_of(method)]}
+        for b in run.books
+    }
     return {
-        **_pool([b["whole"] for b in books.values()]),
-        "bits_per_byte_mean_over_books": _mean(b["bits_per_byte"] for b in books.values()),
+        "parameters": first.n_parameters,
+        "parameters_relative": first.n_parameters / run.backbone.n_parameters,
+        "undone": sum(x.undone for x in runs),
+        "seeds": sorted({int(x.manifest["seed"]) for x in runs}),
+        **_over_books(per_book),
+    }
+
+
+def _over_books(per_book: dict[str, Figures]) -> Figures:
+    """What follows from one method's figures of each book."""
+    books = list(per_book.values())
+    return {
+        **_pool(books),
+        "bits_per_byte_mean_over_books": _mean(b["bits_per_byte"] for b in books),
         "at": {
             str(mark): {"books": len(some), **_pool(some)}
             for mark in MARKS_TOKENS
-            if (some := [b["at"][str(mark)] for b in books.values() if str(mark) in b["at"]])
+            if (some := [b["at"][str(mark)] for b in books if str(mark) in b["at"]])
         },
-        "parameters": first.n_parameters,
-        "parameters_relative": first.n_parameters / run.backbone.n_parameters,
-        "seconds": sum(_mean(x.seconds for x in measured[b.name]) for b in run.books),
-        "relative_time": _mean(b["relative_time"] for b in books.values()),
-        "peak_bytes": max(x.peak_bytes for x in runs),
-        "relative_memory": _mean(b["relative_memory"] for b in books.values()),
-        "undone": sum(x.undone for x in runs),
-        "seeds": sorted({int(x.manifest["seed"]) for x in runs}),
-        "per_book": {
-            name: {**b.pop("whole"), **b, "losses": [_file(run, x, name, method) for x in run.seeds_of(method)]}
-            for name, b in books.items()
-        },
+        "seconds": sum(b["seconds"] for b in books),
+        "relative_time": _mean(b["relative_time"] for b in books),
+        "peak_bytes": max(b["peak_bytes"] for b in books),
+        "relative_memory": _mean(b["relative_memory"] for b in books),
+        "per_book": per_book,
     }
 
 
@@ -126,8 +172,7 @@ def _on_book(book: Book, runs: Sequence[Losses], plain: Sequence[Losses]) -> Fig
     stops = plain[0].stops  # of every method, also of one that reads in shorter chunks: means over others say nothing
     whole = _upto(book, runs, n, stops)
     return {
-        "whole": whole,
-        "bits_per_byte": whole["bits_per_byte"],
+        **whole,
         "bits_per_byte_of_seeds": [Score.of(x.nll, len(book.text)).bits_per_byte for x in runs],
         "at": {str(mark): _upto(book, runs, mark, stops) for mark in MARKS_TOKENS if mark <= n},
         "seconds": _mean(x.seconds for x in runs),
