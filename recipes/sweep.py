@@ -26,9 +26,11 @@ from _setup import book_paths, options, quiet_backbone, write_report
 import locas
 from locas.backbone import Backbone
 from locas.evaluate.provenance import environment
+from locas.run_settings import PRESETS
 from locas.text import collect
 
 INIT, READ, WRITE = locas.InitSettings, locas.ReadSettings, locas.WriteSettings
+KEPT = PRESETS["default"].read  # as `locas memorize` reads
 PAPER = WRITE(rule="adamw", lr=4e-3, floor=1.0)  # the same step throughout
 
 
@@ -114,10 +116,24 @@ def grids() -> dict[str, list[Entry]]:
         "adamw": [Entry(f"adamw lr {lr:g}", read=_adamw(lr)) for lr in (4e-3, 8e-3, 1.6e-2)],
         "paper": [Entry("paper", INIT(tau_scale=1.0), READ(write=PAPER))],
         "mlp": [
-            Entry(f"mlp, {init}, tau {s:g} a slot, fill {e:g}", _mlp(init, s), READ(fill_eps=e))
-            for init, eps in (("step-wise", (0.01, 0.1, 1.0)), ("activation", (1.0,)))
-            for s in (1.0, 4.0)
-            for e in eps
+            *(
+                Entry(
+                    f"mlp, {init}, tau {s:g} a slot, row step {lr:g}",
+                    _mlp(init, s),
+                    replace(KEPT, write=replace(KEPT.write, lr=lr)),
+                )
+                for init, s, lr in (
+                    *(("top-k", 4.0, lr) for lr in (0.07, 0.035, 0.14)),
+                    *(("top-k", s, 0.07) for s in (2.0, 8.0)),
+                    *((name, 4.0, 0.07) for name in ("bottom-k", "random-rows", "gaussian", "activation", "step-wise")),
+                    *(("step-wise", s, 0.07) for s in (0.25, 0.5, 1.0)),
+                    *(("step-wise", 4.0, lr) for lr in (0.01, 0.02)),
+                )
+            ),
+            *(
+                Entry(f"mlp, paper, {init}", INIT(variant="mlp", init=init, tau_scale=1.0), READ(write=PAPER))
+                for init in ("paper", "top-k")
+            ),
         ],
         "layers": [Entry("upper half", layers=(3, 4, 5))],
         "whole": [Entry("default")],

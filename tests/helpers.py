@@ -43,8 +43,8 @@ def memory_for(model: nn.Module, size: int = 1, layers: Mapping[int, int] | None
 
 
 def fresh(model: nn.Module, name: str, size: int = 1, **more: Any) -> Bank:
-    """A memory as its family gets it by default (top-k or step-wise), `size` times, with a tau that is felt."""
-    settings = InitSettings(rank=5, tau_scale=8.0 if name in GATED + MOE else 1.0)
+    """A memory as the paper makes it for its family (top-k or step-wise), `size` times, with a tau that is felt."""
+    settings = InitSettings(rank=5, init="paper", tau_scale=8.0 if name in GATED + MOE else 1.0)
     one = create_bank(model, text(17, seed=99), settings, start_id=START, **more)
     return Bank.stack([one] * size)
 

@@ -14,7 +14,8 @@ from locas.write import WriteSettings
 from tokens import words
 
 SETTINGS = RunSettings(
-    init=InitSettings(rank=3, tau_scale=8.0), read=ReadSettings(window=29, chunk=11, write=WriteSettings(lr=0.1))
+    init=InitSettings(rank=3, init="paper", tau_scale=8.0),
+    read=ReadSettings(window=29, chunk=11, write=WriteSettings(lr=0.1)),
 )
 LENGTHS = (23, 31, 11)
 N_CHUNKS = 3 + 3 + 1

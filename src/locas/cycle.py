@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from locas.backbone import Backbone
 from locas.bank import ACTIVATIONS, Bank
 from locas.compress import nl_svd
-from locas.initialise import empty_slots
+from locas.initialise import empty_slots, variant_of
 from locas.memory import Memory, record_reading
 from locas.run import Run
 from locas.run_settings import RunSettings, Text
+from locas.sites import find_sites
 from locas.stream import ChunkRecord, Reader, ReadSettings
 
 
@@ -128,7 +129,8 @@ class CycleRun(Run):
         backbone: model and tokenizer.
         texts: in reading order.
         output: where the memory file goes.
-        settings: with `cycle`, the slots that are left after compressing; the memory's rank is the capacity.
+        settings: with `cycle`, the slots that are left after compressing; the memory's rank is the capacity. The
+            default initialisation is step-wise here.
 
     Raises:
         ValueError: as for `Run`, and a memory that the cycle is not for.
@@ -137,6 +139,9 @@ class CycleRun(Run):
     compresses = True
 
     def __init__(self, backbone: Backbone, texts: Sequence[Text], output: str, settings: RunSettings) -> None:
+        site = next(iter(find_sites(backbone.model).values()))
+        if settings.init.init == "auto" and variant_of(settings.init, site) == "mlp":
+            settings = replace(settings, init=replace(settings.init, init="step-wise"))
         super().__init__(backbone, texts, output, settings)
         check_cycle(self.memory.bank, settings.cycle)
         _note(self.memory, settings.cycle)

@@ -40,7 +40,7 @@ class InitSettings:
     Attributes:
         rank: slots for each layer.
         variant: "auto": gated (glu) beside a gated FFN, else mlp.
-        init: strategy; "auto": top-k for glu, step-wise for mlp.
+        init: strategy; "auto": top-k; "paper": top-k for glu, step-wise for mlp (arXiv:2602.05085 sec. 4).
         tau_scale: the output scale is tau = tau_scale / rank * mean_j ||v_j||; the paper's is 1. None:
             proportional to the rank, so that a slot adds as much whatever the rank.
         activation: "auto": the backbone FFN's own, so that merging is exact; or a name, e.g. "relu".
@@ -49,7 +49,7 @@ class InitSettings:
 
     rank: int = 64
     variant: Literal["auto"] | Variant = "auto"
-    init: Literal["auto"] | Strategy = "auto"
+    init: Literal["auto", "paper"] | Strategy = "auto"
     tau_scale: float | None = None
     activation: str = "auto"
     seed: int = 0
@@ -59,8 +59,8 @@ class InitSettings:
             raise ValueError(f"the rank must be 1 or more; got {self.rank}")
         if self.variant not in ("auto", *get_args(Variant)):
             raise ValueError(f"variant {self.variant!r} is not one of auto, {', '.join(get_args(Variant))}")
-        if self.init not in ("auto", *get_args(Strategy)):
-            raise ValueError(f"initialisation {self.init!r} is not one of auto, {', '.join(get_args(Strategy))}")
+        if self.init not in ("auto", "paper", *get_args(Strategy)):
+            raise ValueError(f"initialisation {self.init!r} is not one of auto, paper, {', '.join(get_args(Strategy))}")
         if self.tau_scale is not None and not (self.tau_scale > 0 and math.isfinite(self.tau_scale)):
             raise ValueError(f"tau_scale must be a positive number; got {self.tau_scale}")
         if self.variant == "glu" and self.init == "step-wise":
@@ -128,10 +128,20 @@ def create_bank(
     return bank
 
 
+def variant_of(settings: InitSettings, site: Site) -> Variant:
+    """The variant that a memory beside this site gets."""
+    if settings.variant != "auto":
+        return settings.variant
+    return "glu" if site.gated else "mlp"
+
+
 def _resolve(settings: InitSettings, site: Site) -> tuple[Variant, Strategy]:
-    variant: Variant = ("glu" if site.gated else "mlp") if settings.variant == "auto" else settings.variant
-    default: Strategy = "top-k" if variant == "glu" else "step-wise"
-    strategy: Strategy = default if settings.init == "auto" else settings.init
+    variant = variant_of(settings, site)
+    strategy: Strategy
+    if settings.init == "paper":
+        strategy = "top-k" if variant == "glu" else "step-wise"
+    else:
+        strategy = "top-k" if settings.init == "auto" else settings.init
     if strategy == "step-wise" and variant == "glu":
         raise ValueError("step-wise initialisation is for Locas-MLP; this memory is gated (variant glu): use top-k")
     if strategy in CLONING and variant == "glu" and not site.gated:

@@ -78,7 +78,7 @@ _LATER = {"thaw": False, "cycle": 0}
 PRESETS: dict[str, RunSettings] = {
     "default": RunSettings(read=ReadSettings(reuse=True, write=WriteSettings(damping=0.1))),
     "paper": RunSettings(
-        init=InitSettings(tau_scale=1.0),
+        init=InitSettings(init="paper", tau_scale=1.0),
         read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, floor=1.0)),
     ),
 }

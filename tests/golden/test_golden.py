@@ -29,9 +29,9 @@ CASES: dict[str, tuple[str, locas.InitSettings, locas.ReadSettings, list[int] | 
     "paper": ("tiny-glu", PRESETS["paper"].init, replace(PLAIN, write=PRESETS["paper"].read.write), None),
     "rank 2, upper half": ("tiny-glu", locas.InitSettings(rank=2), PLAIN, [3, 4, 5]),
     "two steps, gaussian": ("tiny-glu", locas.InitSettings(rank=16, init="gaussian"), replace(PLAIN, steps=2), None),
-    "mlp, step-wise": ("tiny-mlp", locas.InitSettings(), PLAIN, None),
+    "mlp, step-wise": ("tiny-mlp", locas.InitSettings(init="step-wise"), PLAIN, None),
     "mlp, top-k": ("tiny-mlp", locas.InitSettings(init="top-k", rank=16), PLAIN, None),
-    "mlp beside a gated FFN": ("tiny-glu", locas.InitSettings(variant="mlp"), PLAIN, None),
+    "mlp beside a gated FFN": ("tiny-glu", locas.InitSettings(variant="mlp", init="step-wise"), PLAIN, None),
 }
 
 

@@ -36,7 +36,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```(python|)\n(.*?)^```", PAGE, re.S | re.M)
-    assert len(blocks) == 17
+    assert len(blocks) == 19
     for language, block in blocks:
         if language == "python":
             with warnings.catch_warnings():

@@ -29,7 +29,7 @@ from tokens import tiny_backbone, words
 ModelOf = Callable[..., PreTrainedModel]
 POISON = 5  # a token on which the poisoned models' states are not finite
 READ = ReadSettings(window=29, chunk=11, write=WriteSettings(lr=0.1))
-SETTINGS = RunSettings(init=InitSettings(rank=3, tau_scale=8.0), read=READ)
+SETTINGS = RunSettings(init=InitSettings(rank=3, init="paper", tau_scale=8.0), read=READ)
 LENGTHS = (23, 31, 11, 41, 7)
 SIZE = 2  # groups: (23, 31), (11, 41), (7)
 

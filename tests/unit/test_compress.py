@@ -300,7 +300,7 @@ def test_what_cannot_be_compressed(model_of: ModelOf) -> None:
 
 def test_the_cycle_fills_compresses_and_fills_again(model_of: ModelOf) -> None:
     model = model_of("gpt2", torch.float32)
-    memory = create(model, text(11), InitSettings(rank=29, tau_scale=1.0), start_id=START)
+    memory = create(model, text(11), InitSettings(rank=29, init="step-wise", tau_scale=1.0), start_id=START)
     settings = ReadSettings(window=29, chunk=11)
     before, steps = None, []
     for step in read_and_compress(model, memory, text(89), 7, settings, start_id=START):
@@ -325,7 +325,7 @@ def test_the_cycle_fills_compresses_and_fills_again(model_of: ModelOf) -> None:
 def test_the_cycle_scores_what_the_reader_scores_until_it_is_full(model_of: ModelOf) -> None:
     model = model_of("gpt2", torch.float32)
     settings = ReadSettings(window=29, chunk=11)
-    init = InitSettings(rank=29, tau_scale=1.0)
+    init = InitSettings(rank=29, init="step-wise", tau_scale=1.0)
     one, other = (create(model, text(11), init, start_id=START) for _ in range(2))
     cycled = [s.record.nll for s in read_and_compress(model, one, text(89), 7, settings, start_id=START)]
     plain = [r.nll for r in read(model, other, text(89), settings, start_id=START)]

@@ -147,10 +147,10 @@ def test_free_slots_are_written_as_if_frozen_ones_were_not_there(one: int, two: 
 
 def test_stepwise_slots_are_filled_behind_the_frozen_ones_even_where_those_are_empty(model_of: ModelOf) -> None:
     model = model_of("gpt2")
-    memory = create(model, text(11), InitSettings(tau_scale=1.0), layers={1: 13}, start_id=START)
+    memory = create(model, text(11), InitSettings(init="step-wise", tau_scale=1.0), layers={1: 13}, start_id=START)
     list(read(model, memory, text(5), READ, start_id=START))  # 5 slots of 13
     assert (memory.bank.slots(1).k[0] != 0).any(dim=-1).sum() == 5
-    grown = grow(freeze(memory), model, text(11, seed=3), rank=17, start_id=START)
+    grown = grow(freeze(memory), model, text(11, seed=3), rank=17, init=InitSettings(init="step-wise"), start_id=START)
     assert not grown.bank.slots(1).k[0, 13:].any()
     (record, *_) = read(model, grown, text(43, seed=3), READ, start_id=START)
     assert record.filled == 11

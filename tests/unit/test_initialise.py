@@ -202,9 +202,24 @@ def test_seeds_decide_and_the_global_generator_does_not(model_of: ModelOf, strat
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_step_wise_begins_with_empty_slots(model_of: ModelOf, name: str) -> None:
-    bank = create_bank(model_of(name), text(0), InitSettings(RANK, variant="mlp"))
+    bank = create_bank(model_of(name), text(0), InitSettings(RANK, variant="mlp", init="step-wise"))
     assert (bank.rows == 0).all()
     assert empty_slots(bank).tolist() == [RANK]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "paper"),
+    [("llama", "auto", "top-k"), ("llama", "mlp", "step-wise"), ("gpt2", "auto", "step-wise")],
+)
+def test_the_default_is_top_k_and_the_paper_s_depends_on_the_variant(
+    model_of: ModelOf, name: str, variant: Any, paper: Any
+) -> None:
+    def rows(init: Any) -> Tensor:
+        return create_bank(model_of(name), text(N), InitSettings(RANK, variant, init), start_id=START).rows
+
+    assert same_bytes(rows("auto"), rows("top-k"))
+    assert same_bytes(rows("paper"), rows(paper))
+    assert rows("top-k").any()
 
 
 @pytest.mark.parametrize("name", ["qwen3", "falcon"])
@@ -422,7 +437,8 @@ def test_a_memory_has_room_while_any_layer_has() -> None:
         ({"variant": "gru"}, "variant 'gru' is not one of auto, glu, mlp"),
         (
             {"init": "svd"},
-            "initialisation 'svd' is not one of auto, top-k, bottom-k, random-rows, gaussian, activation, step-wise",
+            "initialisation 'svd' is not one of auto, paper, top-k, bottom-k, random-rows, gaussian, activation, "
+            "step-wise",
         ),
         ({"tau_scale": 0.0}, "tau_scale must be a positive number; got 0.0"),
         ({"tau_scale": float("nan")}, "tau_scale must be a positive number; got nan"),

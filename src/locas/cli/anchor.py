@@ -55,8 +55,8 @@ class Anchor:
     """What the memory was made from, or is for: text files, folders, or - for standard input."""
     strength: float = 1.0
     """How much the change elsewhere counts beside the memory's own text: 0.3 is mild, 3 strong."""
-    others: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH")] = ()
-    """Text that should be left alone (default: what the backbone writes by itself)."""
+    others: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = ()
+    """Text that should be left alone; not given: what the backbone writes by itself."""
     tokens: int = SAMPLE_TOKENS
     """Tokens of each kind of text that are fitted to; of --text half at most, of which the rest is measured."""
     seed: int = 0

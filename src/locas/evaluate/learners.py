@@ -26,7 +26,7 @@ from locas.bank import Bank
 from locas.evaluate.changes import need_peft
 from locas.evaluate.weights import RECIPES, Recipe, WeightLearner
 from locas.forward import trained_context
-from locas.initialise import InitSettings, create_bank
+from locas.initialise import InitSettings, create_bank, variant_of
 from locas.run_settings import PRESETS, parse_layers
 from locas.sites import find_sites
 from locas.stream import ChunkRecord, Reader, ReadSettings
@@ -107,7 +107,7 @@ class Locas:
         sites = find_sites(backbone.model)
         self.layers = parse_layers(layers, len(sites))
         chosen = [s for layer, s in sites.items() if self.layers is None or layer in self.layers]
-        gated = init.variant == "glu" or (init.variant == "auto" and chosen[0].gated)
+        gated = variant_of(init, chosen[0]) == "glu"
         self.n_parameters = sum((3 if gated else 2) * init.rank * s.d_model for s in chosen)
         self.bank: Bank | None = None
         self._reader: Reader | None = None
