@@ -14,6 +14,7 @@ from locas.anchor import anchored, own_text
 from locas.attach import attached
 from locas.backbone import load_backbone
 from locas.cli import main
+from locas.evaluate import learners
 from locas.evaluate.forgetting import ForgettingSettings, book, configs, measure, unrelated_text
 from locas.fit import part_of, sample_activations
 from locas.forward import call
@@ -156,7 +157,8 @@ def test_own_text_heeds_no_setting_of_the_model() -> None:
 # -------------------------------------------------------------------- as a method, and as a command
 
 
-def test_an_anchored_method_gains_less_and_changes_other_text_less() -> None:
+def test_an_anchored_method_gains_less_and_changes_other_text_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learners, "SAMPLE_TOKENS", 2_048)
     backbone, settings = load_backbone(), ForgettingSettings(later_tokens=128, unrelated_tokens=256)
     read = ReadSettings(window=64, chunk=32)
     folder = Path(__file__).parents[2]

@@ -125,7 +125,7 @@ class Locas:
             assert record is not None
             yield record
         if self.anchor is not None:
-            others = own_text(model, start_id=start_id, seed=self.init.seed)
+            others = own_text(model, SAMPLE_TOKENS, start_id=start_id, seed=self.init.seed)
             self.bank, _, _ = anchored_bank(
                 self.bank, model, ids[-SAMPLE_TOKENS:], others, self.anchor, start_id=start_id
             )
