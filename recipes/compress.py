@@ -11,8 +11,8 @@ gain before.
 
 Part "cycle": Locas-MLP reads the same beginning online, with slots filled step by step and compressed by NL-SVD to the
 rank whenever the capacity (twice the rank, or rank and chunk) is reached; against a memory of the rank, and one of
-the capacity, that is filled once and then takes gradient steps, ones that take gradient steps only (activation keys),
-and none. Reported: online loss and seconds.
+the capacity, that is filled once and then takes gradient steps, ones that take gradient steps only (keys by top-k or from
+activations), and none. Reported: online loss and seconds.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def cycle(books: Books, book: str, args: argparse.Namespace, known: list[str]) -
         ("none", None, 0),
         ("nl-svd cycle", "step-wise", capacity),
         ("step-wise, then gradient", "step-wise", rank),
-        ("gradient", "activation", rank),
+        ("top-k, then gradient", "top-k", rank),
+        ("activation, then gradient", "activation", rank),
         ("step-wise, then gradient, capacity", "step-wise", capacity),
-        ("gradient, capacity", "activation", capacity),
+        ("activation, then gradient, capacity", "activation", capacity),
     ):
         if what in known:
             continue
