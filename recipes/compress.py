@@ -11,8 +11,8 @@ gain before.
 
 Part "cycle": Locas-MLP reads the same beginning online, with slots filled step by step and compressed by NL-SVD to the
 rank whenever the capacity (twice the rank, or rank and chunk) is reached; against a memory of the rank, and one of
-the capacity, that is filled once and then takes gradient steps, ones that take gradient steps only (keys by top-k or from
-activations), and none. Reported: online loss and seconds.
+the capacity, that is filled once and then takes gradient steps, ones that take gradient steps only (keys by top-k, or
+from activations), and none. Reported: online loss and seconds.
 """
 
 from __future__ import annotations
