@@ -129,9 +129,9 @@ def _tell(held_back: dict[str, Any], run: Run) -> None:
         f"({Path(run.output).stat().st_size / 2**20:.1f} MiB): sentences of the reference that were held back\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("sentence", max_width=64, no_wrap=True)
-    for name in ("bits/byte without", "with"):
-        table.add_column(name, justify="right")
+    table.add_column("\nsentence", max_width=58, no_wrap=True)
+    for name in ("bits/byte\nwithout", "\nwith"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows[:8]:
         bits = {k: v / 0.6931471805599453 / row["bytes"] for k, v in row["nll"].items()}
         table.add_row(row["sentence"], f"{bits['without']:.3f}", f"{bits['with']:.3f}")
