@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from locas.bank import Bank
-from locas.initialise import InitSettings, create_bank
+from locas.initialise import InitSettings, create_bank, without_auto
 from locas.memory import Memory
+from locas.sites import find_sites
 
 
 def grow(
@@ -64,10 +65,11 @@ def grow(
         new = create_bank(
             model, torch.as_tensor(ids), settings, layers=dict.fromkeys(old.layers, rank), start_id=start_id
         )
+    site = next(iter(find_sites(model, old.layers).values()))
     provenance = memory.provenance
     before = provenance.settings.get("grow", [])
     tokens = sum(document.tokens for document in provenance.documents)
-    step = {"rank": rank, "after_tokens": tokens, "init": settings.init, "seed": settings.seed}
+    step = {"rank": rank, "after_tokens": tokens, "init": without_auto(settings, site).init, "seed": settings.seed}
     grown = replace(provenance, settings={**provenance.settings, "grow": [*before, step]})
     return Memory(_side_by_side(old, new), grown, model)
 

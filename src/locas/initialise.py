@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -99,11 +99,11 @@ def create_bank(
     ranks = dict(layers) if isinstance(layers, Mapping) else None
     sites = find_sites(model, ranks if ranks is not None else layers)
     ranks = ranks or dict.fromkeys(sites, settings.rank)
-    variant, strategy = _resolve(settings, next(iter(sites.values())))
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     site = next(iter(sites.values()))
-    activation = site.activation if settings.activation == "auto" else settings.activation
-    bank = Bank(variant, activation, site.d_model, ranks, dtype=dtype, device=device_of(model))
+    settings = without_auto(settings, site)
+    variant, strategy = variant_of(settings, site), settings.init
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    bank = Bank(variant, settings.activation, site.d_model, ranks, dtype=dtype, device=device_of(model))
     _set_tau(bank, sites, settings.tau_scale)
     if strategy == "step-wise":
         return bank
@@ -135,7 +135,12 @@ def variant_of(settings: InitSettings, site: Site) -> Variant:
     return "glu" if site.gated else "mlp"
 
 
-def _resolve(settings: InitSettings, site: Site) -> tuple[Variant, Strategy]:
+def without_auto(settings: InitSettings, site: Site) -> InitSettings:
+    """The same with variant, strategy and activation named, as they are beside this site; None stays.
+
+    Raises:
+        ValueError: a strategy that does not fit the variant or the site.
+    """
     variant = variant_of(settings, site)
     strategy: Strategy
     if settings.init == "paper":
@@ -148,7 +153,8 @@ def _resolve(settings: InitSettings, site: Site) -> tuple[Variant, Strategy]:
         raise ValueError(
             f"{strategy} clones gates, and this backbone's FFN has none; use variant mlp, or gaussian or activation"
         )
-    return variant, strategy
+    activation = site.activation if settings.activation == "auto" else settings.activation
+    return replace(settings, variant=variant, init=strategy, activation=activation)
 
 
 def _check_source(strategy: str, ranks: Mapping[int, int], sites: dict[int, Site], ids: Tensor) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from locas._version import __version__
 from locas.attach import Attachment, attached, check_fit
 from locas.bank import Bank
-from locas.initialise import InitSettings, create_bank
-from locas.sites import fingerprint
+from locas.initialise import InitSettings, create_bank, without_auto
+from locas.sites import find_sites, fingerprint
 from locas.store import load_tensors, save_tensors, tensor_dtype
 from locas.stream import ChunkRecord, Reader, ReadSettings
 
@@ -204,7 +204,7 @@ def create(
         backbone=name or str(getattr(model, "name_or_path", "") or type(model).__name__),
         backbone_fingerprint=fingerprint(model),
         tokenizer_sha256=tokenizer_sha256,
-        settings={"init": asdict(settings)},
+        settings={"init": asdict(without_auto(settings, next(iter(find_sites(model, bank.layers).values()))))},
     )
     return Memory(bank, provenance, model)
 

@@ -40,7 +40,7 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
 
 from locas.attach import first_input
 from locas.bank import ACTIVATIONS
-from locas.initialise import InitSettings, create_bank
+from locas.initialise import InitSettings, create_bank, without_auto
 from locas.memory import Memory, Provenance, expected_shapes, from_manifest
 from locas.sites import Site, canonical_activation, find_family, find_sites, fingerprint
 
@@ -348,7 +348,15 @@ def _fresh(model: nn.Module, config: LocasConfig) -> Memory:
     )
     bank = create_bank(model, torch.empty(0, dtype=torch.int64), settings, layers=config.layers)
     name = config.base_model_name_or_path or str(getattr(model, "name_or_path", "")) or type(model).__name__
-    return Memory(bank, Provenance(name, fingerprint(model), settings={"init": asdict(settings)}), model)
+    return Memory(
+        bank,
+        Provenance(
+            name,
+            fingerprint(model),
+            settings={"init": asdict(without_auto(settings, next(iter(find_sites(model).values()))))},
+        ),
+        model,
+    )
 
 
 def _as_json(memory: Memory) -> dict[str, Any]:

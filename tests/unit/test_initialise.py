@@ -14,7 +14,9 @@ from helpers import START, same_bytes, snapshot, text
 from locas.attach import attached
 from locas.bank import ACTIVATIONS, Bank, Variant
 from locas.forward import IGNORED, call, chunk_logits, decoder, frozen, token_nll
+from locas.grow import grow
 from locas.initialise import TAU_PER_SLOT, InitSettings, Strategy, create_bank, empty_slots, fill_slots, stepwise_rows
+from locas.memory import create
 from locas.sites import Site, find_sites
 
 ModelOf = Callable[..., PreTrainedModel]
@@ -220,6 +222,23 @@ def test_the_default_is_top_k_and_the_paper_s_depends_on_the_variant(
     assert same_bytes(rows("auto"), rows("top-k"))
     assert same_bytes(rows("paper"), rows(paper))
     assert rows("top-k").any()
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "named"),
+    [
+        ("llama", "auto", ("glu", "top-k", "silu")),
+        ("gpt2", "auto", ("mlp", "top-k", "gelu_new")),
+        ("gpt2", "paper", ("mlp", "step-wise", "gelu_new")),
+    ],
+)
+def test_a_memory_notes_what_auto_stood_for(model_of: ModelOf, name: str, init: Any, named: tuple[str, ...]) -> None:
+    memory = create(model_of(name), text(N), InitSettings(RANK, init=init), layers=[1], start_id=START)
+    noted = memory.provenance.settings["init"]
+    assert (noted["variant"], noted["init"], noted["activation"]) == named
+    if init == "auto":
+        (step,) = grow(memory, model_of(name), text(N), 2, start_id=START).provenance.settings["grow"]
+        assert step["init"] == "top-k"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "falcon"])

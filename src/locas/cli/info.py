@@ -90,7 +90,7 @@ def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[
         slots, total = sum(manifest["frozen"].values()), sum(manifest["ranks"].values())
         table.add_row("frozen", f"{slots:,} of {total:,} slots: reading on does not change them")
     table.add_row("parameters", f"{parameters:,}  ({size / 2**20:.2f} MiB)")
-    table.add_row("read", f"{tokens:,} tokens in {len(manifest['documents'])} texts" if tokens else "nothing yet")
+    table.add_row("read", f"{tokens:,} tokens in {_texts(len(manifest['documents']))}" if tokens else "nothing yet")
     for document in manifest["documents"]:
         table.add_row("", f"{document['name']}: {document['tokens']:,} tokens")
     for group, settings in manifest["settings"].items():
@@ -127,6 +127,10 @@ def _describe_composed(table: Table, composed: dict[str, Any]) -> None:
         for number, text in enumerate(fit["texts"], start=1):
             change = f"{text['divergence_before']:.4f} -> {text['divergence']:.4f}"
             table.add_row("", f"part {number} on {text['tokens']:,} tokens: {change}")
+
+
+def _texts(n: int) -> str:
+    return f"{n} text{'s' if n != 1 else ''}"
 
 
 def _rank(ranks: dict[str, int]) -> str:
