@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -183,30 +183,50 @@ def positions_are_relative(model: nn.Module, reach: int) -> bool:
 
 
 def _shifts_freely(model: nn.Module, reach: int) -> bool:
+    # On copies on the CPU: beyond learnt positions it raises, where CUDA would end every later call of the process.
     body = decoder(model)
-    ids = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
+    on_many = any(
+        hasattr(module, "_hf_hook") for module in body.modules()
+    )  # accelerate's: they move tensors themselves
+    ids = torch.arange(_PROBE_TOKENS, device=device_of(model) if on_many else "cpu")[None]
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         named = getattr(output, "last_hidden_state", None), getattr(output, "logits", None)  # a whole model's
         found.append(next((x for x in named if x is not None), output[0] if isinstance(output, tuple) else output))
+        raise _Seen
 
     try:
-        looked_at = decoder_of(model)[0]  # deeper ones have rounded more often: in bfloat16 by a tenth after 12 layers
+        looked_at, *later = decoder_of(model)  # deeper ones have rounded more often: in bfloat16 by a tenth after 12
     except ValueError:
-        looked_at = body
+        looked_at, later = body, []
+    unseen = {id(t) for layer in later for t in (*layer.parameters(), *layer.buffers())}
+    named = () if on_many else (*body.named_parameters(), *body.named_buffers())
+    copies = {name: tensor.cpu() for name, tensor in named if id(tensor) not in unseen}
     handle = looked_at.register_forward_hook(keep)
     with torch.no_grad(), frozen(model):
         try:
             for shift in (0, 1, reach):
-                call(body, ids, position_ids=torch.arange(_PROBE_TOKENS, device=ids.device)[None] + shift)
+                arguments = {"input_ids": ids, "position_ids": ids + shift, "use_cache": False}
+                with suppress(_Seen):
+                    torch.func.functional_call(body, copies, (), arguments)
+                if not _near(found[-1], found[0]):
+                    return False
         except (TypeError, IndexError, RuntimeError):
             return False
         finally:
             handle.remove()
-    rounding = _ROUNDING_LOW if found[0].dtype in (torch.bfloat16, torch.float16) else _ROUNDING
-    near, *others = (x.double() for x in found)
-    return all(bool(((x - near).norm(dim=-1) <= rounding * near.norm(dim=-1)).all()) for x in others)
+    return True
+
+
+class _Seen(Exception):
+    """What was looked for is there: the rest of the model need not run."""
+
+
+def _near(x: Tensor, other: Tensor) -> bool:
+    rounding = _ROUNDING_LOW if x.dtype in (torch.bfloat16, torch.float16) else _ROUNDING
+    x, other = x.double(), other.double()
+    return bool(((x - other).norm(dim=-1) <= rounding * other.norm(dim=-1)).all())
 
 
 __all__ = [

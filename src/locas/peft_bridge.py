@@ -183,7 +183,7 @@ class LocasLayer(nn.Module, BaseTunerLayer):
         else:
             gate, up = both.chunk(2, dim=-1)
             m = act(gate) * up
-        return (m * self.locas_tau[adapter].to(a.device, a.dtype)) @ values
+        return (m * self.locas_tau[adapter].to(a.dtype)) @ values  # tau: a number on the CPU
 
     def release(self) -> nn.Module:
         """Takes the hooks off; returns the FFN."""

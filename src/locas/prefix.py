@@ -130,13 +130,12 @@ class KeptPrefix:
                     call(decoder(self.model), prefix, past_key_values=past, use_cache=True)
             first, reads, cut = prefix.shape[1], 0, False
         else:
-            pick = [kept.rows.index(row) for row in rows]
             if kept.cut and self.sinks:
-                sinks = [t[pick] for t in kept.sinks] if kept.sinks else self._read_sinks(rows, kept)
+                sinks = [_pick(t, kept.rows, rows) for t in kept.sinks] if kept.sinks else self._read_sinks(rows, kept)
             for layer, (k, v) in enumerate(zip(kept.keys, kept.values, strict=True)):
                 if sinks:
                     past.update(sinks[2 * layer][:, 0], sinks[2 * layer + 1][:, 0], layer)
-                past.update(k[pick], v[pick], layer)
+                past.update(_pick(k, kept.rows, rows), _pick(v, kept.rows, rows), layer)
             sinks = [t[:, 1:] for t in sinks] if sinks and sinks[0].shape[1] > 1 else []
             first, reads, cut = kept.stop, kept.reads, kept.cut
         self._open = (past, first + n_inputs, reads + 1, rows, cut, sinks)
@@ -225,6 +224,13 @@ class KeptPrefix:
                 "this state's kept context does not fit its documents; move the state away to start afresh"
             )
         self._kept = _Kept(keys, values, rows, stop, reads, bool(cut), sinks)
+
+
+def _pick(tensor: Tensor, kept: list[int], rows: list[int]) -> Tensor:
+    """Of a tensor with a row for each document of `kept`, those of `rows`; where all are wanted, no copy."""
+    if rows == kept:
+        return tensor
+    return tensor.index_select(0, torch.tensor([kept.index(row) for row in rows], device=tensor.device))
 
 
 def _number(name: str) -> int:

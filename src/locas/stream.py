@@ -281,9 +281,12 @@ class Reader:
 
     def _share(self, window: Window) -> Tensor:
         """[bank] how much of a full chunk each document's stretch is, by which its step is scaled."""
-        share = torch.zeros(self.writer.bank.size if self.writer is not None else 0, dtype=torch.float64)
-        share[window.rows] = (window.targets != IGNORED).sum(dim=1).cpu().double() / self.chunk_tokens
-        return share.to(self.device)
+        writer = self.writer
+        assert writer is not None
+        share = torch.zeros(writer.bank.size, dtype=torch.float64)
+        counts = [max(0, stop - window.first_target) for stop in window.stops]
+        share[window.rows] = torch.tensor(counts, dtype=torch.float64) / self.chunk_tokens
+        return share.to(writer.bank.device)
 
     def _live(self, window: Window) -> Tensor:
         """[bank] the memories that have something to learn from this chunk."""
