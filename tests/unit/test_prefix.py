@@ -16,6 +16,7 @@ from families import FAMILY_NAMES, tiny_model
 from helpers import START, fresh, memory_for, same_bytes, text
 from locas.attach import attached
 from locas.forward import positions_are_relative
+from locas.sites import decoder_of
 from locas.stream import Reader, ReadSettings
 
 ModelOf = Callable[..., PreTrainedModel]
@@ -125,6 +126,28 @@ def test_positions_that_end_are_found_out(model_of: ModelOf) -> None:
     model = model_of("gptj")
     assert positions_are_relative(model, 100)
     assert not positions_are_relative(model, 100_000)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "opt"])
+def test_positions_are_probed_with_the_first_layer_only_and_leave_nothing_behind(name: str) -> None:
+    model, ran = tiny_model(name), []
+    first, *later = decoder_of(model)
+    for layer in later:
+        layer.register_forward_pre_hook(lambda *_: ran.append(1))
+    hooks, before = dict(first._forward_hooks), {n: t.data_ptr() for n, t in model.state_dict().items()}
+    assert positions_are_relative(model, 100) == (name == "qwen2")
+    assert not ran
+    assert dict(first._forward_hooks) == hooks
+    assert {n: t.data_ptr() for n, t in model.state_dict().items()} == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_positions_that_end_leave_cuda_as_it_was_and_a_memory_may_lie_elsewhere() -> None:
+    model, ids = tiny_model("gpt2", torch.float32).cuda(), text(40, 6)
+    assert not positions_are_relative(model, 100_000)
+    bank = fresh(model, "gpt2").to("cpu")
+    nll = scores(Reader(model, bank, [ids], settings(reuse=False), start_id=START))
+    assert nll.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "starcoder2", "gpt_neox"])
