@@ -234,7 +234,12 @@ class Run:
         """
         if not self.state_path.exists():
             return False
-        tensors, manifest = load_tensors(self.state_path, kind=self.memories.kind, may_be_nan=("losses.", "baseline."))
+        try:
+            tensors, manifest = load_tensors(
+                self.state_path, kind=self.memories.kind, may_be_nan=("losses.", "baseline.")
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} Move {self.state_path} away, or leave --resume out, to start afresh.") from error
         try:
             self._take_over(tensors, manifest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

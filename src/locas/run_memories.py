@@ -7,6 +7,7 @@ theirs a state file must hold. All else is `locas.run`'s.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -23,6 +24,7 @@ from locas.memory import Memory, load, record_reading
 from locas.run_settings import RunSettings, Text, first_ids, fresh_memory
 from locas.stream import OnFailure
 
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 _LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary file's name needs some
 
 
@@ -276,10 +278,17 @@ def check_replaceable(path: Path) -> None:
 
 
 def may_be_replaced(path: Path) -> bool:
-    """Whether an old output is empty or begins like a safetensors file: a text that was named by mistake does not."""
+    """Whether an old output is empty, a memory, or a damaged one: not a text or weights that were named by mistake."""
     with path.open("rb") as file:
         head = file.read(9)
-    return not head or head[8:] == b"{"
+        if not head or head[8:] != b"{":
+            return not head
+        rest = file.read(min(int.from_bytes(head[:8], "little"), _LONGEST_HEADER) - 1)
+    try:
+        entries = json.loads(b"{" + rest)
+    except ValueError:
+        return True  # begins like one of ours and can be read by nobody
+    return "locas" in (entries.get("__metadata__") or {})
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_MOSTLY_UTF8 = 4  # characters of UTF-8 beyond ASCII for each wrong byte: other encodings have hardly any
 _HEAD_BYTES = 8192  # where a NUL byte marks a file as binary, and where a declared encoding is looked for
 _DECLARED_ENCODING = re.compile(rb"(?im)^[ \t]*character set encoding:[ \t]*([\w.:-]+)")
 
@@ -100,6 +101,7 @@ def decode(raw: bytes, *, encoding: str | None = None, name: str = "the input") 
         decoded = _decodes_as(raw, codec)
         if decoded is not None:
             return decoded, codec
+    _refuse_damaged_utf8(raw, name)
     guess = charset_normalizer.from_bytes(raw).best()
     if guess is None:
         raise ValueError(
@@ -108,6 +110,16 @@ def decode(raw: bytes, *, encoding: str | None = None, name: str = "the input") 
             "with --encoding, for example --encoding cp1252, or leave the file out if it is not text."
         )
     return str(guess), guess.encoding
+
+
+def _refuse_damaged_utf8(raw: bytes, name: str) -> None:
+    """Raises ValueError for UTF-8 with a few wrong bytes or a character cut in two: a guess would garble all of it."""
+    decoded = raw.decode("utf-8", errors="replace")
+    bad = decoded.count("\ufffd")
+    good = sum(not character.isascii() for character in decoded) - bad
+    if good >= _MOSTLY_UTF8 * bad:
+        advice = "Elsewhere it is: mend it (`iconv -f utf-8 -t utf-8 -c` drops such bytes), or give its --encoding."
+        _decode_strictly(raw, "utf-8", name, advice)
 
 
 def _decode_strictly(raw: bytes, encoding: str, name: str, advice: str) -> str:

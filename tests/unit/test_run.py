@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from families import tiny_model
@@ -250,3 +251,12 @@ def test_an_output_that_is_something_else_is_not_overwritten(llama: Backbone, ou
 def test_a_plain_run_does_not_drop_the_cycle_silently(backbone: Backbone, output: Path) -> None:
     with pytest.raises(ValueError, match=r"cycle=5 is a locas\.cycle\.CycleRun"):
         Run(backbone, three_texts(backbone), output, replace(SETTINGS, cycle=5))
+
+
+def test_weights_that_are_no_memory_are_not_overwritten(llama: Backbone, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    save_file({"lm_head.weight": torch.zeros(3, 2)}, weights)
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match=r"model.safetensors is not a memory and would be overwritten"):
+        Run(llama, three_texts(llama), weights, SETTINGS)
+    assert weights.read_bytes() == before

@@ -435,3 +435,20 @@ def test_reflowed_excerpts_of_real_books(book: str, excerpt: str) -> None:
         pytest.skip(f"the books are not at {BOOKS}; this runs wherever they are")
     (document,) = collect([path], gutenberg=True, reflow=True)
     assert re.search(excerpt, document.text)
+
+
+_QUOTED = "“Yes,” said he; “naïve.”".encode() * 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "offset"),
+    [
+        (_QUOTED[1:], 0),  # cut in the middle of a character
+        (_QUOTED[:-1], len(_QUOTED) - 3),
+        (_QUOTED + b"\x92" + _QUOTED, len(_QUOTED)),
+    ],
+)
+def test_damaged_utf8_is_taken_for_no_other_encoding(raw: bytes, offset: int) -> None:
+    with pytest.raises(ValueError, match=rf"x is not utf-8: byte 0x.. at offset {offset} cannot be decoded"):
+        decode(raw, name="x")
+    assert decode(raw, encoding="latin-1", name="x") == (raw.decode("latin-1"), "latin-1")

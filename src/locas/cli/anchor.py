@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -111,7 +112,8 @@ class Anchor:
             print_json(results)
         else:
             size = Path(self.output).stat().st_size / 2**20
-            out.print(f"[bold]{self.output}[/bold]: {memory.n_parameters:,} parameters, {size:.1f} MiB", soft_wrap=True)
+            name = escape(self.output)
+            out.print(f"[bold]{name}[/bold]: {memory.n_parameters:,} parameters, {size:.1f} MiB", soft_wrap=True)
             out.print(_table(results))
         return 0
 

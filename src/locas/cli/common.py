@@ -66,13 +66,19 @@ class TextOptions:
     def collect(self) -> list[Document]:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"--max-tokens must be 1 or more; got {self.max_tokens}")
-        return collect(
+        documents = collect(
             self.paths,
             gutenberg=self.gutenberg,
             reflow=self.reflow,
             encoding=self.encoding,
-            on_skip=lambda path: err.print(f"[dim]skipped {path}: no Project Gutenberg marks[/dim]"),
+            on_skip=said_skipped,
         )
+        if self.encoding is None:
+            for encoding in sorted({d.encoding for d in documents} - {"utf-8"}):
+                first, *others = (d.name for d in documents if d.encoding == encoding)
+                more = f" and {len(others)} more" if others else ""
+                err.print(f"read as {encoding} (--encoding overrules): {first}{more}", soft_wrap=True, markup=False)
+        return documents
 
     def tokenize(self, documents: list[Document], backbone: Backbone) -> list[Text]:
         texts = []
@@ -153,6 +159,11 @@ def comparison(results: dict[str, Any], with_name: str = "with memory") -> Table
     return table
 
 
+def said_skipped(path: Any) -> None:
+    """Says that a text is left as it is, since it is no Project Gutenberg e-book."""
+    err.print(f"skipped {path}: no Project Gutenberg marks", style="dim", soft_wrap=True, markup=False)
+
+
 def short(path: str | Path) -> str:
     """A path quoted for the shell where that is needed."""
     return shlex.quote(str(path))
@@ -171,5 +182,6 @@ __all__ = [
     "out",
     "percent",
     "print_json",
+    "said_skipped",
     "short",
 ]

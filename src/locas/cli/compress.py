@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.markup import escape
 from torch import Tensor
 
 from locas.backbone import Backbone
@@ -96,7 +97,8 @@ class Compress:
     def _print(self, results: dict[str, Any], old: Memory, new: Memory) -> None:
         size = Path(self.output).stat().st_size / 2**20
         out.print(
-            f"[bold]{self.output}[/bold]: {old.n_parameters:,} -> {new.n_parameters:,} parameters, {size:.1f} MiB",
+            f"[bold]{escape(str(self.output))}[/bold]: {old.n_parameters:,} -> {new.n_parameters:,} parameters, "
+            f"{size:.1f} MiB",
             soft_wrap=True,
         )
         out.print(f"difference of its function on the text: {100 * results['function_error']:.1f}%")

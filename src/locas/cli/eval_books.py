@@ -14,7 +14,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json, short
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json, said_skipped, short
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun
 from locas.evaluate.books import Progress as BooksProgress
@@ -109,7 +109,7 @@ class EvalBooks:
                 gutenberg=self.gutenberg,
                 reflow=self.reflow,
                 encoding=self.encoding,
-                on_skip=lambda path: err.print(f"[dim]skipped {path}: no Project Gutenberg marks[/dim]"),
+                on_skip=said_skipped,
             )
         if self.pg19 is not None:
             limit = None if self.max_books is None else self.max_books - len(documents)

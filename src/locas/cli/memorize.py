@@ -145,13 +145,14 @@ class Memorize:
         out.print(comparison(results))
         n, n_backbone = results["memory_parameters"], results["backbone_parameters"]
         out.print(
-            f"\n[bold]{run.output}[/bold]: {n:,} parameters ({100 * n / n_backbone:.2f}% of the "
-            f"backbone's), {run.output.stat().st_size / 2**20:.1f} MiB"
+            f"\n[bold]{escape(str(run.output))}[/bold]: {n:,} parameters ({100 * n / n_backbone:.2f}% of the "
+            f"backbone's), {run.output.stat().st_size / 2**20:.1f} MiB",
+            soft_wrap=True,
         )
         if len(run.texts) > 1:
             out.print(f"{len(run.texts)} texts, {run.total_tokens:,} tokens")
         model = f" --model {short(self.backbone.model)}" if self.backbone.model else ""
-        out.print(f"[dim]try: locas chat --memory {short(run.output)}{model}[/dim]")
+        out.print(f"try: locas chat --memory {short(run.output)}{model}", style="dim", soft_wrap=True, markup=False)
 
     def _announce(self, run: Run) -> None:
         if self.resume and run.resume():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from locas.cli.common import Maybe, OutputOptions, err, out, print_json, short
@@ -55,12 +56,12 @@ class Merge:
             print_json(_summary(manifest, self.output, began))
             return 0
         out.print(
-            f"[bold]{self.output}[/bold]: {manifest['backbone']} with {_count(manifest)}, "
+            f"[bold]{escape(str(self.output))}[/bold]: {escape(manifest['backbone'])} with {_count(manifest)}, "
             f"{width['key']} {width['original']:,} -> {width['merged']:,}, {_size(self.output) / 2**20:,.1f} MiB",
             soft_wrap=True,
         )
         out.print("[dim]any program that loads transformers checkpoints loads it; locas is not needed[/dim]")
-        out.print(f"[dim]back again: locas unmerge {short(self.output)} -o DIR[/dim]", soft_wrap=True)
+        out.print(f"back again: locas unmerge {short(self.output)} -o DIR", style="dim", soft_wrap=True, markup=False)
         return 0
 
 
@@ -88,7 +89,9 @@ class Unmerge:
             print_json(_summary(manifest, self.output, began) | {"memories": files})
             return 0
         out.print(
-            f"[bold]{self.output}[/bold]: {manifest['backbone']}, byte for byte as it was (checked)", soft_wrap=True
+            f"[bold]{escape(str(self.output))}[/bold]: {escape(manifest['backbone'])}, byte for byte as it was "
+            "(checked)",
+            soft_wrap=True,
         )
         for file in files:
             out.print(f"  {file}", soft_wrap=True)

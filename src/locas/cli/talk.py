@@ -75,9 +75,9 @@ class Generate:
             return 0
         if plain is not None:
             out.print("without memory:", style="bold")
-            out.print(prompt + plain, markup=False)
+            out.print(prompt + plain, soft_wrap=True, markup=False)
             out.print("\nwith memory:", style="bold")
-        out.print(prompt + text, markup=False)
+        out.print(prompt + text, soft_wrap=True, markup=False)
         return 0
 
 
@@ -112,7 +112,7 @@ class Chat:
         for message in _messages():
             prompt = conversation.prompt_with(message)
             reply = conversation.answer(prompt, memory)
-            out.print(reply, markup=False)
+            out.print(reply, soft_wrap=True, markup=False)
             spoken = conversation.hear(message, reply)
             if self.learn:
                 memory = self._write(backbone, memory, conversation.ids, spoken)
