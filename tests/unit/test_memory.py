@@ -24,6 +24,7 @@ from locas.write import WriteSettings
 
 READ = ReadSettings(window=29, chunk=11, write=WriteSettings(lr=0.1))
 INIT = InitSettings(rank=3, tau_scale=8.0)
+NAMED = replace(INIT, variant="glu", init="top-k", activation="silu")  # what "auto" is beside a Llama
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
 ModelOf = Callable[..., PreTrainedModel]
 
@@ -134,7 +135,7 @@ def test_provenance_says_what_was_read_and_how(model_of: ModelOf, tmp_path: Path
         backbone_fingerprint=fingerprint(model),
         tokenizer_sha256="ef" * 32,
         documents=memory.provenance.documents,
-        settings={"init": asdict(INIT), "read": asdict(READ)},
+        settings={"init": asdict(NAMED), "read": asdict(READ)},
         library=locas.__version__,
     )
     (document,) = memory.provenance.documents
@@ -147,7 +148,7 @@ def test_provenance_says_what_was_read_and_how(model_of: ModelOf, tmp_path: Path
 def test_a_fresh_memory_has_read_nothing(model_of: ModelOf) -> None:
     memory = create(model_of("llama"), text(11), INIT)
     assert memory.provenance.documents == ()
-    assert memory.provenance.settings == {"init": asdict(INIT)}
+    assert memory.provenance.settings == {"init": asdict(NAMED)}
     assert memory.provenance.backbone == "LlamaForCausalLM"
     assert "tokens_read=0" in repr(memory)
 
