@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from helpers import text
 from locas.attach import attached
+from locas.attention import AttentionGradient
 from locas.bank import Bank
 from locas.forward import chunk_nll, find_head, frozen, read_prefix
 from locas.stream import ChunkRecord, ReadSettings
@@ -22,14 +23,14 @@ def reading(rule: Rule = "muon", steps: int = 1, **more: Any) -> ReadSettings:
     return ReadSettings(window=17, chunk=7, steps=steps, write=WriteSettings(rule, lr=0.05, damping=0.1), **more)
 
 
-def learn(model: nn.Module, bank: Bank) -> tuple[Tensor, Tensor]:
+def learn(model: nn.Module, bank: Bank, gradient: AttentionGradient = "full") -> tuple[Tensor, Tensor]:
     """The losses of a chunk behind a prefix, and the memory's gradient."""
     ids = torch.stack([text(PREFIX + CHUNK + 1, seed) for seed in (1, 2)])
     head = find_head(model)
     with frozen(model), attached(model, bank, [0, 0]):
         bank.requires_grad_()
         prefix = read_prefix(model, ids[:, :PREFIX])
-        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head)
+        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head, gradient)
         nll.sum().backward(inputs=bank.leaves())
         assert bank.grad is not None
         grad = bank.grad

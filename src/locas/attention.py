@@ -6,13 +6,14 @@
 
 torch takes such a mask as numbers: what it hides is multiplied all the same, forwards and backwards, and the context's
 keys and values get gradients that nobody asks for. `chunk_attention` does neither: for a context as long as the chunk,
-3 products of full size in place of 4 forwards, and 5.5 in place of 10 backwards.
+3 products of full size in place of 4 forwards, and 5.5 in place of 10 backwards; 1 where the attention weights count as
+constants (`AttentionGradient`), because the context then has no part in the backward pass at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-_LEAST = 512 * 512  # queries times context keys; for fewer, torch's own attention is as fast
+# What of attention a gradient goes through: all of it; its values only, the weights with which they are averaged being
+# constants; nothing: what attention adds to the hidden states is a constant.
+AttentionGradient = Literal["full", "values", "stop"]
+
+_DTYPES = (torch.float32, torch.float64)
+_DTYPES_OF_VALUES = (*_DTYPES, torch.bfloat16)
+_LEAST = 64 * 512  # queries times context keys; for fewer, torch's own attention is as fast
 _ROWS = 128  # queries whose weights the backward pass holds at once
 _WORKSPACE = 1 << 20  # numbers that it holds at once, about: so many stay in a processor's cache
 
@@ -28,13 +35,20 @@ _WORKSPACE = 1 << 20  # numbers that it holds at once, about: so many stay in a 
 class ChunkAttention(TorchFunctionMode):
     """Inside, `scaled_dot_product_attention` looks at a mask of booleans once, not once a layer.
 
-    Where the mask is a chunk's, causal behind a context that all of it sees, on a CPU, in float32 or float64, attention
-    is `chunk_attention`. Any other mask becomes 0 and -inf once: torch's own attention would do the same in every
-    layer, and autograd keep each.
+    Where the mask is a chunk's, causal behind a context that all of it sees, on a CPU, in float32 or float64 (bfloat16
+    too where gradients go through the values only), attention is `chunk_attention`. Any other mask becomes 0 and -inf
+    once: torch's own attention would do the same in every layer, and autograd keep each.
+
+    Args:
+        gradient: see `AttentionGradient`. Outputs are the same.
+
+    Attributes:
+        calls: how often attention was computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradient: AttentionGradient = "full") -> None:
         super().__init__()
+        self.gradient, self.calls = gradient, 0
         self._seen: list[_Mask] = []  # a backbone may have several, for long and for short attention
 
     def __torch_function__(
@@ -54,6 +68,11 @@ class ChunkAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        self.calls += 1
+        if self.gradient != "full":
+            query, key = query.detach(), key.detach()
+        if self.gradient == "stop":
+            value = value.detach()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             mask = self._look_at(attn_mask)
             plain = dropout_p == 0 and not is_causal and not enable_gqa
@@ -106,7 +125,7 @@ class _Mask:
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Whether `chunk_attention` can take them."""
     return (
-        query.dtype in (torch.float32, torch.float64)
+        query.dtype in (_DTYPES if query.requires_grad or key.requires_grad else _DTYPES_OF_VALUES)
         and query.dim() == 4
         and all(t.device.type == "cpu" and t.dtype == query.dtype for t in (key, value))
         and key.shape == value.shape == (*query.shape[:2], mask.shape[3], query.shape[3])
@@ -118,7 +137,8 @@ def chunk_attention(query: Tensor, key: Tensor, value: Tensor, context: int, sca
     """Attention whose first keys are seen by every query, and the others causally.
 
     Args:
-        query: [batch, heads, chunk, d_head] float32 or float64, on a CPU.
+        query: [batch, heads, chunk, d_head] float32 or float64, on a CPU; also bfloat16 where neither it nor the key
+            needs a gradient. Then only the chunk's part of the values has a part in the backward pass.
         key: [batch, heads, context + chunk, d_head]. The context's part gets no gradients (zeros).
         value: likewise.
         context: how many keys come before the chunk's; 1 or more.
@@ -128,22 +148,53 @@ def chunk_attention(query: Tensor, key: Tensor, value: Tensor, context: int, sca
         [batch, heads, chunk, d_head].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _ChunkAttention.apply(query, key, value, context, scale)
+    function = _ChunkAttention if query.requires_grad or key.requires_grad else _ChunkAverage
+    out: Tensor = function.apply(query, key, value, context, scale)
     return out
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The output, and [batch, heads, chunk] float32 or float64 the logarithm of the sum of a query's exponentials."""
+    before, within = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key[:, :, part], value[:, :, part], 0.0, causal, scale=scale
+        )
+        for part, causal in ((slice(context), False), (slice(context, None), True))
+    )
+    log_sum = torch.logaddexp(before[1], within[1])
+    share = (within[1] - log_sum).exp_().unsqueeze(-1)  # of the chunk's keys in a query's weights
+    return torch.lerp(before[0].to(share.dtype), within[0].to(share.dtype), share).to(query.dtype), log_sum
+
+
+class _ChunkAverage(torch.autograd.Function):
+    """Values averaged with weights that count as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> Tensor:
+        out, log_sum = _forward(query, key, value, context, scale)
+        ctx.save_for_backward(query, key[:, :, context:], log_sum)
+        ctx.scale, ctx.shape = scale, value.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
+        query, key, log_sum = ctx.saved_tensors
+        chunk, grad_value = query.shape[2], grad.new_zeros(ctx.shape)
+        own = grad_value[:, :, -chunk:]
+        for first in range(0, chunk, _ROWS):
+            last = min(first + _ROWS, chunk)
+            some = query[:, :, first:last].to(log_sum.dtype) * ctx.scale
+            weights = (some @ key[:, :, :last].to(log_sum.dtype).mT).sub_(log_sum[:, :, first:last, None]).exp_()
+            weights[..., first:].tril_()
+            own[:, :, :last] += weights.to(grad.dtype).mT @ grad[:, :, first:last]
+        return None, None, grad_value, None, None
 
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> Tensor:
-        before, within = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key[:, :, part], value[:, :, part], 0.0, causal, scale=scale
-            )
-            for part, causal in ((slice(context), False), (slice(context, None), True))
-        )
-        log_sum = torch.logaddexp(before[1], within[1])
-        share = (within[1] - log_sum).exp_().unsqueeze(-1)  # of the chunk's keys in a query's weights
-        out = torch.lerp(before[0], within[0], share)
+        out, log_sum = _forward(query, key, value, context, scale)
         ctx.save_for_backward(query, key, value, out, log_sum)
         ctx.context, ctx.scale = context, scale
         return out
@@ -204,4 +255,4 @@ def _backward(
         grad_value[:, context:seen].baddbmm_(weights[:, :, context:].mT, g)
 
 
-__all__ = ["ChunkAttention", "chunk_attention"]
+__all__ = ["AttentionGradient", "ChunkAttention", "chunk_attention"]

@@ -19,13 +19,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from locas.attention import ChunkAttention
+from locas.attention import AttentionGradient, ChunkAttention
 from locas.head import IGNORED, head_nll, token_nll
 from locas.lean import recomputed
 from locas.sites import decoder_of
 
 _PROBE_TOKENS = 5
 _ROUNDING, _ROUNDING_LOW = 0.01, 0.05  # of a layer's output; positions that are absolute move it by 0.2 and more
+_TORCHS: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # by the attention that is set
 _RELATIVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()  # what was found out, by reach
 
 
@@ -66,7 +67,12 @@ def chunk_logits(model: nn.Module, inputs: Tensor, prefix_tokens: int) -> Tensor
 
 
 def chunk_nll(
-    model: nn.Module, inputs: Tensor, targets: Tensor, prefix: dict[str, Any], head: nn.Linear | None
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    prefix: dict[str, Any],
+    head: nn.Linear | None,
+    gradient: AttentionGradient = "full",
 ) -> Tensor:
     """Loss in nats of the chunk's targets, with gradients where the caller has them on.
 
@@ -76,11 +82,12 @@ def chunk_nll(
         targets: [batch, seq] the ids to be predicted; `IGNORED` where nothing is scored.
         prefix: what `read_prefix` returned.
         head: what `find_head` returned.
+        gradient: what of attention the gradients go through, where `attention_is_torchs`.
 
     Returns:
         [batch, seq] float32 or better; 0 where the target is `IGNORED`.
     """
-    with ChunkAttention(), recomputed() if torch.is_grad_enabled() else nullcontext():
+    with ChunkAttention(gradient), recomputed() if torch.is_grad_enabled() else nullcontext():
         output = call(model if head is None else decoder(model), inputs, **prefix)
     return token_nll(output.logits, targets) if head is None else head_nll(output.last_hidden_state, head, targets)
 
@@ -168,6 +175,19 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
+def attention_is_torchs(model: nn.Module) -> bool:
+    """Whether every decoder layer's attention is torch's `scaled_dot_product_attention`, whose gradients
+    `AttentionGradient` chooses: found out by running two tokens. False where a model computes attention itself
+    (`attn_implementation="eager"`, BLOOM, GPT-J, Gemma 2) or with other kernels."""
+    known, which = _TORCHS.setdefault(model, {}), getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if which not in known:
+        probe = torch.arange(2, device=device_of(model))[None]
+        with torch.no_grad(), frozen(model), ChunkAttention() as seen:
+            call(decoder(model), probe)
+        known[which] = seen.calls >= len(decoder_of(model))
+    return known[which]
+
+
 def positions_are_relative(model: nn.Module, reach: int) -> bool:
     """Whether shifting all positions by `reach` leaves the first layer's output as it is, up to rounding: found out by
     running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
@@ -231,6 +251,7 @@ def _near(x: Tensor, other: Tensor) -> bool:
 
 __all__ = [
     "IGNORED",
+    "attention_is_torchs",
     "call",
     "chunk_logits",
     "chunk_nll",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from torch import nn
 
+from locas.attention import AttentionGradient
 from locas.forward import positions_are_relative, trained_context
 from locas.write import WriteSettings
 
@@ -23,6 +25,9 @@ class ReadSettings:
         chunk: tokens that are scored, and then written, at once; None: half the window, or where the context is kept,
             which makes short chunks cheap, an eighth: to learn more often is to learn more.
         steps: gradient steps for each chunk.
+        attention_gradient: how a write's gradient passes attention. full: as it is; values: through what is averaged,
+            the weights counting as constants, which makes a write much cheaper and changes little; stop: not at all.
+            Scores are the same. Backbones that do not use torch's attention get the full gradient.
         fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
         start_in_every_window: put the start token before every window, not only before the document's first token;
             None: as the tokenizer does where one is at hand, else yes.
@@ -36,6 +41,7 @@ class ReadSettings:
     window: int | None = None
     chunk: int | None = None
     steps: int = 1
+    attention_gradient: AttentionGradient = "full"
     fill_eps: float = 0.01
     start_in_every_window: bool | None = None
     reuse: bool = False
@@ -48,6 +54,10 @@ class ReadSettings:
             raise ValueError(f"a window needs at least 2 tokens; got {self.window}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"a chunk needs at least 1 token; got {self.chunk}")
+        if self.attention_gradient not in get_args(AttentionGradient):
+            raise ValueError(
+                f"attention_gradient {self.attention_gradient!r} is not one of {', '.join(get_args(AttentionGradient))}"
+            )
         if self.steps < 1:
             raise ValueError(f"steps must be 1 or more (to score without learning pass learn=False); got {self.steps}")
         if self.refresh < 1:

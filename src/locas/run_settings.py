@@ -76,7 +76,9 @@ _LATER = {"thaw": False, "cycle": 0}
 # "default" is what our own sweeps on the development books show to be best (LOG.md); "paper" is what arXiv:2602.05085
 # states, AdamW where it is silent, and every window recomputed.
 PRESETS: dict[str, RunSettings] = {
-    "default": RunSettings(read=ReadSettings(reuse=True, write=WriteSettings(damping=0.1))),
+    "default": RunSettings(
+        read=ReadSettings(reuse=True, attention_gradient="values", write=WriteSettings(damping=0.1))
+    ),
     "paper": RunSettings(
         init=InitSettings(init="paper", tau_scale=1.0),
         read=ReadSettings(write=WriteSettings(rule="adamw", lr=4e-3, floor=1.0)),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from locas.attach import attached, check_fit
+from locas.attention import AttentionGradient
 from locas.bank import Bank
 from locas.curvature import Curvature
-from locas.forward import IGNORED, chunk_nll, device_of, find_head, frozen
+from locas.forward import IGNORED, attention_is_torchs, chunk_nll, device_of, find_head, frozen
 from locas.initialise import empty_slots, fill_slots, stepwise_rows
 from locas.prefix import KeptPrefix, prefix_for
 from locas.read_settings import ReadSettings
@@ -115,6 +117,7 @@ class Reader:
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
         self._curvature = Curvature(bank, self.sites) if bank is not None and learns and settings.write.curved else None
         self._head = find_head(model)
+        self._attention_gradient = _possible(settings.attention_gradient, model) if learns else "full"
         everywhere = settings.start_in_every_window is not False
         self._layout = Layout(self.window_tokens, self.chunk_tokens, start_id, everywhere)
         self._prefix = prefix_for(model, self.documents, self._layout, settings)
@@ -185,7 +188,7 @@ class Reader:
             return window.targets.new_zeros(window.targets.shape, dtype=torch.float32), torch.zeros(len(window.rows))
         before, inputs = window.inputs.tensor_split([window.prefix_tokens], dim=1)
         prefix = self._prefix.context(window.rows, before, inputs.shape[1])
-        nll = chunk_nll(self.model, inputs, window.targets, prefix, self._head)
+        nll = chunk_nll(self.model, inputs, window.targets, prefix, self._head, self._attention_gradient)
         counts = (window.targets != IGNORED).sum(dim=1).clamp(min=1)
         return nll, nll.sum(dim=1) / counts
 
@@ -377,6 +380,18 @@ class Reader:
                     f"this state holds {name} of {have}, the reader needs {want}; resume with the settings that the "
                     "run was started with"
                 )
+
+
+def _possible(gradient: AttentionGradient, model: nn.Module) -> AttentionGradient:
+    """What was asked for, or the full gradient, with a warning, where the backbone does not leave the choice."""
+    if gradient == "full" or attention_is_torchs(model):
+        return gradient
+    warnings.warn(
+        f"{type(model).__name__} does not compute attention with torch's scaled_dot_product_attention, so writes take "
+        'the full gradient through it (attention_gradient "full"), which is slower',
+        stacklevel=3,
+    )
+    return "full"
 
 
 def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def test_other_masks_are_torchs_own_and_become_numbers_once(
     if what == "bidirectional":
         mask[..., 0, -1] = True
     dtype = torch.bfloat16 if what == "half precision" else torch.float32
-    query, key, value = (t.detach().to(dtype) for t in operands(1, 2, chunk, context, 4))
+    query, key, value = (t.detach().to(dtype).requires_grad_() for t in operands(1, 2, chunk, context, 4))
     expected = F.scaled_dot_product_attention(query, key, value, mask)
     made: list[Any] = []
     logical_not = Tensor.logical_not

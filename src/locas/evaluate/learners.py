@@ -25,7 +25,7 @@ from locas.backbone import Backbone
 from locas.bank import Bank
 from locas.evaluate.changes import need_peft
 from locas.evaluate.weights import RECIPES, Recipe, WeightLearner
-from locas.forward import trained_context
+from locas.forward import attention_is_torchs, trained_context
 from locas.initialise import InitSettings, create_bank, variant_of
 from locas.run_settings import PRESETS, parse_layers
 from locas.sites import find_sites
@@ -221,6 +221,8 @@ def resolve(name: str, backbone: Backbone, settings: ReadSettings, options: Opti
     window, chunk = settings.sizes(backbone.model)
     if settings.reuse and "reuse" not in (options or {}):  # not asked for: only where the backbone can
         settings = replace(settings, reuse=settings.keeps_context(backbone.model, window, chunk))
+    if settings.attention_gradient != "full" and not attention_is_torchs(backbone.model):
+        settings = replace(settings, attention_gradient="full")
     if name == "attention" and "window" not in (options or {}):
         # The longest window that the backbone was trained for, up to the paper's; chunks as everywhere else.
         longest = min(trained_context(backbone.model) or LONG_WINDOW_TOKENS, LONG_WINDOW_TOKENS)
@@ -253,7 +255,12 @@ def _own(name: str, settings: ReadSettings) -> ReadSettings:
     if name == "locas":
         own = PRESETS["default"].read
         damping = own.write.damping if settings.write.damping is None else settings.write.damping
-        return replace(settings, reuse=own.reuse, write=replace(settings.write, damping=damping))
+        return replace(
+            settings,
+            reuse=own.reuse,
+            attention_gradient=own.attention_gradient,
+            write=replace(settings.write, damping=damping),
+        )
     if name == "locas-paper":
         return replace(settings, write=PRESETS["paper"].read.write)
     return settings
@@ -265,7 +272,7 @@ def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tup
     if name == "locas-paper":
         init = PRESETS["paper"].init
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
-    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps"]
+    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", "attention_gradient"]
     layers = str(left.pop("layers", "all"))
     parse_layers(layers, len(find_sites(backbone.model)))
     anchor = _anchor(name, left.pop("anchor", None))
