@@ -86,10 +86,21 @@ def grids() -> dict[str, list[Entry]]:
             ),
         ],
         "speed": [
-            Entry("default"),
-            Entry("context kept", read=READ(reuse=True, chunk=1024)),
-            Entry("upper half", layers=(3, 4, 5)),
-            Entry("upper half, context kept", read=READ(reuse=True, chunk=1024), layers=(3, 4, 5)),
+            Entry(f"{context}, {gradient}{where}", read=replace(read, attention_gradient=gradient), layers=layers)  # type: ignore[arg-type]
+            for context, read in (("window recomputed", READ()), ("context kept", READ(reuse=True, chunk=1024)))
+            for gradient in ("full", "values", "stop")
+            for where, layers in (("", None), (", upper half", (3, 4, 5)))
+        ],
+        "memorize": [  # what it reads with, at every attention gradient, and in shorter chunks
+            *(
+                Entry(f"memorize, {g}", read=replace(KEPT, chunk=256, attention_gradient=g))  # type: ignore[arg-type]
+                for g in ("full", "values", "stop")
+            ),
+            Entry("memorize, values, chunk 128", read=replace(KEPT, chunk=128)),
+            Entry(
+                "memorize, values, chunk 128, held for 16",
+                read=replace(KEPT, chunk=128, write=replace(KEPT.write, hold=16)),
+            ),
         ],
         "kept chunk": [  # with the context kept, short chunks cost little more than long ones
             Entry(f"context kept, chunk {c}{more}", read=READ(reuse=True, chunk=c, write=write))

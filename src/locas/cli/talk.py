@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +16,9 @@ from locas.backbone import Backbone
 from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, backbone_memory, err, out, print_json
 from locas.forward import device_of, trained_context
 from locas.initialise import InitSettings
-from locas.memory import Memory, create, read
-from locas.stream import ReadSettings
+from locas.memory import Memory, create, record_reading
+from locas.run_settings import PRESETS
+from locas.stream import Reader, ReadSettings
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,15 @@ class Generate:
         return 0
 
 
+# Chosen on conversations (LOG.md). Every message is read by itself, behind the conversation so far: nothing is kept.
+_LISTENING = replace(PRESETS["default"].read, reuse=False, chunk=128)
+
+
 @dataclass(frozen=True)
 class Chat:
-    """Talk with the backbone; with --learn, what is said is written into the memory, and is there the next time.
+    """Talk with the backbone; with --learn, what you say is written into the memory, and is there the next time.
 
-    One message a line; an empty line or Ctrl-D ends the conversation.
+    One message a line; an empty line or Ctrl-D ends the conversation. The backbone's own replies are not learnt.
 
         locas chat --memory me.safetensors --learn
     """
@@ -94,9 +99,9 @@ class Chat:
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone; with --learn it is created where it does not exist."""
     learn: bool = False
-    """Write each exchange into the memory file."""
+    """Write each of your messages into the memory file."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    read: ReadSettings = field(default_factory=lambda: ReadSettings(chunk=32))
+    read: ReadSettings = field(default_factory=lambda: _LISTENING)
     rank: int = 64
     """Slots for each layer, where --learn creates the memory."""
 
@@ -108,35 +113,45 @@ class Chat:
         memory = None
         if self.memory and (not self.learn or Path(self.memory).exists()):
             memory = backbone_memory(self.memory, backbone)
+        listener = (
+            _Listener(backbone, memory, self.memory, self.rank, self.read) if self.learn and self.memory else None
+        )
         conversation = _Conversation(backbone, self.sampling)
         for message in _messages():
-            prompt = conversation.prompt_with(message)
-            reply = conversation.answer(prompt, memory)
+            reply = conversation.answer(message, memory)
             out.print(reply, soft_wrap=True, markup=False)
-            spoken = conversation.hear(message, reply)
-            if self.learn:
-                memory = self._write(backbone, memory, conversation.ids, spoken)
+            if listener is not None:
+                memory = listener.learn(*conversation.with_message(message))
+            conversation.hear(message, reply)
         return 0
 
-    def _write(self, backbone: Backbone, memory: Memory | None, ids: Tensor, first: int) -> Memory:
-        """Writes the tokens from `first` on into the memory, and the memory into its file."""
-        assert self.memory is not None
-        if memory is None:
-            settings = InitSettings(rank=self.rank)
-            memory = create(
-                backbone.model,
-                ids,
-                settings,
-                start_id=backbone.start_id,
-                name=backbone.name,
-                tokenizer_sha256=backbone.tokenizer_sha256,
+
+class _Listener:
+    """Writes messages into a memory, and the memory into its file. The writer goes on from message to message: a short
+    one makes a short step, and steps become shorter with what has been said."""
+
+    def __init__(self, backbone: Backbone, memory: Memory | None, path: str, rank: int, settings: ReadSettings) -> None:
+        self.backbone, self.memory, self.path, self.rank, self.settings = backbone, memory, path, rank, settings
+        self._writer: dict[str, Tensor] | None = None
+
+    def learn(self, ids: Tensor, first: int) -> Memory:
+        """Reads the conversation's tokens from `first` on; those before are context."""
+        model, start_id = self.backbone.model, self.backbone.start_id
+        if self.memory is None:
+            init, about = InitSettings(rank=self.rank), self.backbone
+            self.memory = create(
+                model, ids, init, start_id=start_id, name=about.name, tokenizer_sha256=about.tokenizer_sha256
             )
-        for _ in read(
-            backbone.model, memory, ids, self.read, start_id=backbone.start_id, first_token=first, name="<chat>"
-        ):
+        reader = Reader(model, self.memory.bank, [ids], self.settings, start_id=start_id, first_token=first)
+        assert reader.writer is not None
+        if self._writer is not None:
+            reader.writer.load_state(self._writer)
+        for _ in reader:
             pass
-        memory.save(self.memory)
-        return memory
+        self._writer = reader.writer.state()
+        record_reading(self.memory, ids[first:], self.settings, name="<chat>")
+        self.memory.save(self.path)
+        return self.memory
 
 
 class _Conversation:
@@ -145,7 +160,6 @@ class _Conversation:
     def __init__(self, backbone: Backbone, sampling: SamplingOptions) -> None:
         self.backbone, self.sampling = backbone, sampling
         self.turns: list[dict[str, str]] = []
-        self.ids = torch.empty(0, dtype=torch.int64)
 
     def _text(self, turns: list[dict[str, str]], *, to_continue: bool) -> str:
         tokenizer = self.backbone.tokenizer
@@ -155,23 +169,30 @@ class _Conversation:
         text = "".join(f"{names[t['role']]}: {t['content']}\n" for t in turns)
         return text + ("Me:" if to_continue else "")
 
-    def prompt_with(self, message: str) -> Tensor:
-        turns = [*self.turns, {"role": "user", "content": message}]
-        return prompt_ids(self.backbone, self._text(turns, to_continue=True))
-
-    def answer(self, prompt: Tensor, memory: Memory | None) -> str:
+    def answer(self, message: str, memory: Memory | None) -> str:
+        """What the backbone says to it."""
+        prompt = prompt_ids(self.backbone, self._text([*self.turns, _said("user", message)], to_continue=True))
         stop = None if self.backbone.tokenizer.chat_template else ["\n"]
         return continuation(self.backbone, memory, prompt, self.sampling, stop).strip()
 
-    def hear(self, message: str, reply: str) -> int:
-        """Adds an exchange; returns the first of its tokens in `ids`."""
-        self.turns += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
-        old = self.ids
-        self.ids = prompt_ids(self.backbone, self._text(self.turns, to_continue=False))
-        same = min(old.numel(), self.ids.numel())
-        different = (old[:same] != self.ids[:same]).nonzero()
+    def with_message(self, message: str) -> tuple[Tensor, int]:
+        """[n] token ids of the conversation with this message at its end, and the message's first."""
+        ids = prompt_ids(self.backbone, self._text([*self.turns, _said("user", message)], to_continue=False))
+        if not self.turns:
+            return ids, 0
+        before = prompt_ids(self.backbone, self._text(self.turns, to_continue=False))
+        same = min(before.numel(), ids.numel())
+        different = (before[:same] != ids[:same]).nonzero()
         first = int(different[0]) if different.numel() else same
-        return min(first, self.ids.numel() - 1)
+        return ids, min(first, ids.numel() - 1)
+
+    def hear(self, message: str, reply: str) -> None:
+        """Adds an exchange."""
+        self.turns += [_said("user", message), _said("assistant", reply)]
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _messages() -> Any:
