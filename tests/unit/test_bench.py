@@ -71,7 +71,9 @@ def test_what_learning_keeps_is_estimated_about_right() -> None:
     )
     backbone = load_backbone()
     assert shape.n_parameters() == backbone.n_parameters
-    found = bench.peaks(backbone, BenchSettings(rank=5, window=256, chunk=128), ["locas_exact"])["locas_exact"]
+    found = bench.peaks(backbone, BenchSettings(rank=5, window=256, chunk=128), ["locas_exact_full"])[
+        "locas_exact_full"
+    ]
     estimate = 4 * (shape.n_parameters() + shape.learning_numbers(256, 128))
     assert 0.7 < found / estimate < 1.4
 

@@ -14,9 +14,10 @@ NAMES = {
     "truncation": "read only (truncated window)",
     "locas_exact": "read + learn, window recomputed",
     "locas_exact_upper": "the same, memory in some layers",
+    "locas_exact_full": "the same, all layers, full gradient through attention",
     "locas_reuse": "read + learn, context kept",
     "locas_reuse_upper": "the same, memory in some layers",
-    "locas_reuse_short": "the same, all layers, chunks a quarter as long",
+    "locas_reuse_short": "the same, all layers, chunks a quarter as long (as memorize)",
     "templora": "TempLoRA as published (PEFT)",
 }
 

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locas.attention import AttentionGradient
 from locas.backbone import Backbone
 from locas.bank import Bank
 from locas.evaluate.learners import make
 from locas.evaluate.memory_use import no_log_lines, peak_bytes, size_of
 from locas.forward import device_of, input_embedding
 from locas.initialise import InitSettings, create_bank
-from locas.run_settings import parse_layers
+from locas.run_settings import PRESETS, parse_layers
 from locas.sites import find_sites
 from locas.stream import Reader, ReadSettings
 
@@ -47,6 +48,7 @@ class BenchSettings:
         warmup: rounds before them that do not count; the windows fill up meanwhile.
         window: tokens of a window; None: as when reading.
         chunk: tokens of a chunk; None: half the window.
+        attention_gradient: of all methods that learn, except `locas_exact_full`; see `ReadSettings`.
         generated: tokens generated in one measurement of reading with a memory.
         many: rows, and memories, of the batch that is generated with.
         seed: of text and memories.
@@ -58,6 +60,7 @@ class BenchSettings:
     warmup: int = 3
     window: int | None = None
     chunk: int | None = None
+    attention_gradient: AttentionGradient = PRESETS["default"].read.attention_gradient
     generated: int = 32
     many: int = 16
     seed: int = 0
@@ -69,8 +72,14 @@ class BenchSettings:
 
     @property
     def read(self) -> ReadSettings:
-        """Window and chunk."""
-        return ReadSettings(window=self.window, chunk=self.chunk)
+        """Window and chunk, each window recomputed; written as `locas memorize` writes."""
+        return replace(
+            PRESETS["default"].read,
+            reuse=False,
+            window=self.window,
+            chunk=self.chunk,
+            attention_gradient=self.attention_gradient,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,9 +143,9 @@ def methods_of(
     _, chunk = read.sizes(backbone.model)
     read = replace(read, chunk=chunk)
 
-    def memory(layers: str, reuse: bool) -> Callable[[], object]:
+    def memory(layers: str, **how: Any) -> Callable[[], object]:
         bank = new_bank(backbone, settings, ids, layers)
-        return Reader(backbone.model, bank, [ids], replace(read, reuse=reuse), start_id=backbone.start_id).next_chunk
+        return Reader(backbone.model, bank, [ids], replace(read, **how), start_id=backbone.start_id).next_chunk
 
     def short() -> Callable[[], object]:
         bank, parts = new_bank(backbone, settings, ids), math.gcd(chunk, _SHORT)
@@ -153,10 +162,11 @@ def methods_of(
 
     return {
         REFERENCE: lambda: plain(False),
-        "locas_exact": lambda: memory("all", False),
-        "locas_exact_upper": lambda: memory(settings.upper, False),
-        "locas_reuse": lambda: memory("all", True),
-        "locas_reuse_upper": lambda: memory(settings.upper, True),
+        "locas_exact": lambda: memory("all"),
+        "locas_exact_upper": lambda: memory(settings.upper),
+        "locas_exact_full": lambda: memory("all", attention_gradient="full"),
+        "locas_reuse": lambda: memory("all", reuse=True),
+        "locas_reuse_upper": lambda: memory(settings.upper, reuse=True),
         "locas_reuse_short": short,
         "templora": lambda: learner("templora-paper"),
     }

@@ -184,7 +184,7 @@ class Setup:
         """Its settings, for keys and result files. Without a memory nothing is said of how one would be written."""
         settings = asdict(self)
         if self.init is None:
-            for name in ("steps", "fill_eps", "write"):
+            for name in ("steps", "attention_gradient", "fill_eps", "write"):
                 del settings["read"][name]
         if self.anchor is None:
             del settings["anchor"]
