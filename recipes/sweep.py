@@ -269,7 +269,8 @@ def table(results: list[dict[str, Any]]) -> str:
             plain[row["book"], row["tokens"], _sizes(row)] = row["nll"]
     lines: dict[tuple[str, str], dict[str, float]] = {}
     for row in results:
-        base = plain.get((row["book"], row["tokens"], _sizes(row)))
+        book = row["book"], row["tokens"]
+        base = plain.get((*book, _sizes(row)), plain.get((*book, _sizes(row, truncated=True))))
         if base is None or row["settings"]["init"] is None:
             continue
         kind = "whole" if row["whole"] else f"{row['tokens']:,}"
@@ -282,8 +283,11 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def _sizes(row: dict[str, Any]) -> str:
-    return json.dumps([row["settings"]["read"][k] for k in ("window", "chunk", "start_in_every_window")])
+def _sizes(row: dict[str, Any], truncated: bool = False) -> str:
+    """What truncated reading is compared in; or, where the context is kept, as `ReadSettings.truncated` has it."""
+    read = row["settings"]["read"]
+    chunk = None if truncated and read["reuse"] else read["chunk"]
+    return json.dumps([read["window"], chunk, read["start_in_every_window"]])
 
 
 def main() -> int:
@@ -300,10 +304,10 @@ def main() -> int:
     backbone, books = quiet_backbone(args), book_paths(args)
     for name in (args.grid or []) + (list(ablations()) if args.ablations else []):
         entries = grids()[name]
-        plain = {json.dumps(asdict(e.read), sort_keys=True, default=str): e.read for e in entries}
-        sizes = {(r.window, r.chunk, r.start_in_every_window): r for r in plain.values()}
+        sizes = {(r.window, r.chunk, r.start_in_every_window) for r in (e.read.truncated() for e in entries)}
         baselines = [
-            Entry("truncated reading", None, READ(window=w, chunk=c, start_in_every_window=s)) for w, c, s in sizes
+            Entry("truncated reading", None, READ(window=w, chunk=c, start_in_every_window=s))
+            for w, c, s in sorted(sizes, key=str)
         ]
         for book in books:
             known = {_key(row) for row in report["results"]}
