@@ -17,6 +17,7 @@ import torch
 
 import locas.cli
 from locas.backbone import load_backbone
+from locas.cli.talk import _Listener
 from locas.memory import load, read
 from locas.store import load_tensors
 from locas.stream import ReadSettings
@@ -354,7 +355,13 @@ def test_chat_learns_and_a_new_process_knows(tmp_path: Path, locas: Locas) -> No
     assert len(replies) == 2
     found = load(memory)
     assert [d.name for d in found.provenance.documents] == ["<chat>", "<chat>"]
-    assert all(d.tokens > 5 for d in found.provenance.documents)
+    backbone, said = load_backbone(), talk.splitlines()
+    first = f"You: {said[0]}\n"
+    (n, _), (both, _) = (
+        (ids.numel(), n_bytes) for ids, n_bytes in map(backbone.encode, (first, f"{first}Me: {replies[0]}\n"))
+    )
+    whole = backbone.encode(f"{first}Me: {replies[0]}\nYou: {said[1]}\n")[0].numel()
+    assert [d.tokens for d in found.provenance.documents] == [n, whole - both]  # the replies are not learnt
     assert bool(found.bank.slots(0).v.any())
     before = memory.read_bytes()
     generate = ("generate", "My name is", "--memory", memory, "--compare", "--json", "--max-new-tokens", "5")
@@ -364,6 +371,29 @@ def test_chat_learns_and_a_new_process_knows(tmp_path: Path, locas: Locas) -> No
     assert result["text"]
     assert result["baseline"]["text"]
     assert memory.read_bytes() == before
+
+
+def test_chat_leaves_other_text_much_as_it_was(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, prose = tmp_path / "me.safetensors", Path(__file__).parents[2] / "LICENSE"
+    talk = "I live in Nantucket, by the sea.\nMy friend Queequeg is from an island.\nHe likes chowder.\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(2 * talk))
+    assert main("chat", "--learn", "--memory", memory, "--max-new-tokens", "12")[0] == 0
+    score = ("--memory", memory, "--max-tokens", "2000", "--json")
+    elsewhere = json.loads(main("score", prose, *score)[1])
+    assert 0.99 < elsewhere["perplexity"] / elsewhere["baseline"]["perplexity"] < 1.05
+    (tmp_path / "talk.txt").write_text("".join(f"You: {line}\n" for line in talk.splitlines()))
+    there = json.loads(main("score", tmp_path / "talk.txt", *score)[1])
+    assert there["perplexity"] < 0.9 * there["baseline"]["perplexity"]
+
+
+def test_steps_go_on_growing_shorter_in_the_next_conversation(tmp_path: Path) -> None:
+    backbone, path = load_backbone(), tmp_path / "me.safetensors"
+    for n in (1, 2, 3):
+        memory = load(path) if path.exists() else None
+        listener = _Listener(backbone, memory, str(path), 2, ReadSettings(window=64, chunk=32))
+        listener.learn(backbone.encode(f"You: I have {n} whales.\n")[0], 0)
+        assert listener._writer is not None
+        assert listener._writer["counts"].tolist() == [n]
 
 
 def test_chat_goes_on_with_its_memory_and_only_learns_where_asked(

@@ -20,11 +20,13 @@ def test_the_papers_settings(tmp_path: Path, main: Main, tale: Path) -> None:
     assert found["init"]["tau_scale"] == 1.0
     assert (found["read"]["write"]["rule"], found["read"]["write"]["lr"]) == ("adamw", 4e-3)
     assert found["read"]["window"] == 32
+    assert found["read"]["attention_gradient"] == "full"
     assert main("memorize", tale, "-o", output, *SMALL, "--preset=paper", "--lr", "0.01")[0] == 0
     found = load(output).provenance.settings
     assert (found["read"]["write"]["rule"], found["read"]["write"]["lr"]) == ("adamw", 0.01)
     assert main("memorize", tale, "-o", output, *SMALL)[0] == 0
-    assert load(output).provenance.settings["read"]["write"]["rule"] == "muon"
+    found = load(output).provenance.settings
+    assert (found["read"]["write"]["rule"], found["read"]["attention_gradient"]) == ("muon", "values")
 
 
 def test_the_context_is_kept_unless_told_otherwise_and_both_may_be_said(tmp_path: Path, main: Main, tale: Path) -> None:
@@ -44,8 +46,7 @@ def _nll(output: Path, tale: Path, chunk: int) -> float:
     ids, _ = backbone.encode(tale.read_text(), 60)
     write = locas.WriteSettings(**said["read"]["write"])
     memory = locas.create(backbone.model, ids[:chunk], locas.InitSettings(**said["init"]), start_id=backbone.start_id)
-    settings = locas.ReadSettings(
-        window=32, chunk=chunk, reuse=said["read"]["reuse"], start_in_every_window=False, write=write
-    )
+    how = {name: said["read"][name] for name in ("reuse", "attention_gradient")}
+    settings = locas.ReadSettings(window=32, chunk=chunk, start_in_every_window=False, write=write, **how)
     records = locas.read(backbone.model, memory, ids, settings, start_id=backbone.start_id)
     return float(torch.cat([r.nll for r in records]).double().sum())

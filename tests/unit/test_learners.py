@@ -395,11 +395,12 @@ def test_the_memories_are_those_of_the_command_line() -> None:
         assert setup.init == PRESETS[preset].init
         assert setup.read.write == read.write
         assert setup.read.reuse == read.reuse
+        assert setup.read.attention_gradient == read.attention_gradient
         assert setup.read.sizes(of.model) == read.sizes(of.model)
     # In the windows and chunks that all other methods have; and the same by options.
     shared = resolve("locas-recomputed", of, ReadSettings(window=128)).read
     assert shared == resolve("truncation", of, ReadSettings(window=128)).read
-    asked = Method.parse("locas:reuse=false:damping=none")
+    asked = Method.parse("locas:reuse=false:damping=none:attention_gradient=full")
     assert resolve(asked.name, of, ReadSettings(window=128), asked.options).read == shared
 
 
@@ -407,6 +408,12 @@ def test_a_backbone_that_cannot_keep_its_context_is_asked_to_only_by_name() -> N
     of = backbone("gpt2")
     assert not resolve("locas", of, READ).read.reuse
     assert resolve("locas", of, READ, {"reuse": True}).read.reuse
+
+
+def test_a_backbone_whose_attention_is_its_own_gets_the_full_gradient() -> None:
+    assert resolve("locas", backbone("gptj"), READ).read.attention_gradient == "full"
+    assert resolve("locas", backbone(), READ).read.attention_gradient == "values"
+    assert resolve("locas", backbone(), READ, {"attention_gradient": "stop"}).read.attention_gradient == "stop"
 
 
 def test_a_second_document_goes_on_with_what_the_first_taught() -> None:

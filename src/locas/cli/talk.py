@@ -126,9 +126,12 @@ class Chat:
         return 0
 
 
+_CHAT = "<chat>"  # what a message is called in a memory's provenance
+
+
 class _Listener:
     """Writes messages into a memory, and the memory into its file. The writer goes on from message to message: a short
-    one makes a short step, and steps become shorter with what has been said."""
+    one makes a short step, and steps become shorter with what has been said, in earlier conversations too."""
 
     def __init__(self, backbone: Backbone, memory: Memory | None, path: str, rank: int, settings: ReadSettings) -> None:
         self.backbone, self.memory, self.path, self.rank, self.settings = backbone, memory, path, rank, settings
@@ -144,12 +147,14 @@ class _Listener:
             )
         reader = Reader(model, self.memory.bank, [ids], self.settings, start_id=start_id, first_token=first)
         assert reader.writer is not None
-        if self._writer is not None:
+        if self._writer is None:
+            reader.writer.counts += sum(document.name == _CHAT for document in self.memory.provenance.documents)
+        else:
             reader.writer.load_state(self._writer)
         for _ in reader:
             pass
         self._writer = reader.writer.state()
-        record_reading(self.memory, ids[first:], self.settings, name="<chat>")
+        record_reading(self.memory, ids[first:], self.settings, name=_CHAT)
         self.memory.save(self.path)
         return self.memory
 
