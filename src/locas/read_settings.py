@@ -31,8 +31,9 @@ class ReadSettings:
         fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
         start_in_every_window: put the start token before every window, not only before the document's first token;
             None: as the tokenizer does where one is at hand, else yes.
-        reuse: whether the context's keys and values are kept from chunk to chunk or, if not, recomputed with every
-            window: slower, and exact (docs/results.md has the figures). Backbones with absolute positions recompute.
+        reuse: keep the context's keys and values from chunk to chunk; if not (--no-reuse), they are recomputed with
+            every window: slower, and exact (docs/results.md has the figures). Backbones with absolute positions
+            recompute.
         refresh: with reuse, recompute the window after so many chunks.
         sinks: with reuse, so many of the document's first tokens stay in every window.
         write: the write rule and its settings.

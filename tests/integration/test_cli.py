@@ -7,6 +7,7 @@ import random
 import re
 import shlex
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from locas.cli.talk import _Listener
 from locas.memory import load, read
 from locas.store import load_tensors
 from locas.stream import ReadSettings
-from processes import SMALL, Forks, Locas, Main, in_new_python, sentences
+from processes import SMALL, Forks, Locas, Main, command, environment, in_new_python, sentences
 
 pytestmark = pytest.mark.integration
 
@@ -260,6 +261,14 @@ def test_a_second_ctrl_c_breaks_off(tale: Path, tmp_path: Path, main: Main, monk
         (("memorize", "{}/t.txt", "-o", "{}/m", "--memory", "{}/nothing"), "there is no file"),
         (("memorize", "{}/t.txt", "-o", "{}/m", "--memory", "{}/damaged.safetensors"), "damaged"),
         (("memorize", "{}/t.txt", "-o", "{}/m", "--memory", "{}/other.safetensors"), "with the backbone 'another'"),
+        (
+            ("memorize", "{}/t.txt", "-o", "{}/m", "--memory", "{}/other.safetensors", "--rank", "3", "--layers", "1"),
+            "--rank, --layers and --memory do not go together",
+        ),
+        (
+            ("memorize", "{}/t.txt", "-o", "{}/m", "--memory", "{}/other.safetensors", "--grow", "2", "--rank", "3"),
+            "--rank and --memory do not go together",
+        ),
         (("memorize", "{}/t.txt", "-o", "{}/nowhere/m"), "does not exist; create it"),
         (("memorize", "{}/t.txt", "-o", "{}"), "is a folder; give the name of the memory file"),
         (("memorize", "{}/t.txt", "-o", "/proc/self/m"), "the folder /proc/self cannot be written"),
@@ -292,6 +301,7 @@ def test_errors(arguments: tuple[str, ...], message: str, bench: Path, main: Mai
     assert out == ""
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+    assert "tyro" not in err
     if "helptext" not in err:  # what the parser of arguments finds, it draws
         assert err.startswith("error: ")
         assert len([line for line in err.splitlines() if line.strip()]) == 1
@@ -319,6 +329,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     memory.provenance = replace(memory.provenance, backbone="another", backbone_fingerprint="0" * 64)
     memory.save(folder / "other.safetensors")
     return folder
+
+
+def test_nobody_reads_the_output_any_more() -> None:
+    process = subprocess.Popen(command("--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert (process.wait(60), said) == (141, "")
 
 
 def test_a_traceback_for_those_who_ask(bench: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,8 @@ Everything works offline with the built-in backbone; --model takes any folder or
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (interrupted)."""
+    """Runs one command; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (interrupted), 141
+    (nobody reads the output any more)."""
     args = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
     if args == ["--version"]:
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _explained(as_json):
             command = _parse(args)
         return int(command.run())
+    except BrokenPipeError:  # whoever read the output has seen enough: `locas ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is flushed into it at the end
+        return 141
     except (UserError, ValueError, FloatingPointError, OSError, TypeError) as error:
         if os.environ.get("LOCAS_TRACEBACK"):
             raise
@@ -67,19 +71,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _explained(as_json: bool) -> Iterator[None]:
-    """With --json, what the parser of arguments draws on standard error is an error object as well."""
-    if not as_json:
-        yield
-        return
-    drawn = io.StringIO()
+    """What the parser of arguments draws on standard error: an error object as well with --json; and where a setting
+    refused its value, the setting's own words, without the parser's names for where it stands."""
+    drawn = _Drawn()
     try:
         with contextlib.redirect_stderr(drawn):
             yield
     except SystemExit as stop:
+        said = " ".join(re.sub(r"[─-╿]|^ *-{4,} *$", " ", drawn.getvalue(), flags=re.M).split())
+        refused = re.search(r"Error parsing \S*__tyro\S*: (.*?)(?: For full helptext|$)", said)
+        if stop.code and refused:
+            raise UserError(refused[1]) from None
         sys.stderr.write(drawn.getvalue())
-        if stop.code:
-            print_json({"error": " ".join(re.sub(r"[─-╿]|^ *-{4,} *$", " ", drawn.getvalue(), flags=re.M).split())})
+        if stop.code and as_json:
+            print_json({"error": said})
         raise
+    sys.stderr.write(drawn.getvalue())
+
+
+class _Drawn(io.StringIO):
+    """Text that is drawn as on the standard error stream that it stands for: in colours on a terminal."""
+
+    def isatty(self) -> bool:
+        return sys.__stderr__ is not None and sys.__stderr__.isatty()
 
 
 def _parse(args: list[str]) -> Any:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import tyro
@@ -33,6 +34,7 @@ from locas.cycle import CycleRun
 from locas.initialise import InitSettings
 from locas.run import Progress as RunProgress
 from locas.run import Run
+from locas.run_memories import check_output
 from locas.run_settings import PRESETS, RunSettings
 from locas.stream import ReadSettings
 
@@ -107,6 +109,9 @@ class Memorize:
         if self.save_every < 0:
             raise UserError(f"--save-every is a number of seconds, 0 or more; got {self.save_every}")
         self._check_batch()
+        self._check_memory()
+        if self.batch is None:
+            check_output(Path(self.output))  # before a model is loaded and a long text tokenized
         documents = self.text.collect()
         backbone = self.backbone.load()
         texts = self.text.tokenize(documents, backbone)
@@ -139,6 +144,21 @@ class Memorize:
             raise UserError(
                 f"{', '.join(refused)} and --batch do not go together: each text of a batch gets a fresh memory, and "
                 "`locas score TEXT --memory FILE` compares afterwards"
+            )
+
+    def _check_memory(self) -> None:
+        """What a memory that exists has already cannot be chosen again."""
+        if self.memory is None:
+            return
+        fresh, made = PRESETS[self.preset].init, self.initialise
+        chosen = [f.name for f in fields(InitSettings) if getattr(made, f.name) != getattr(fresh, f.name)]
+        chosen = [name for name in chosen if not (self.grow and name in ("init", "seed"))]
+        chosen += [name for name in ("layers", "init_tokens") if getattr(self, name) != getattr(Memorize, name)]
+        if chosen:
+            flags = ", ".join("--" + name.replace("_", "-") for name in chosen)
+            raise UserError(
+                f"{flags} and --memory do not go together: rank, layers and initialisation of {self.memory} stay as "
+                "they are; leave it out, or add slots with --grow (made as --init and --seed say)"
             )
 
     def _tell_one(self, run: Run, results: dict[str, Any]) -> None:
