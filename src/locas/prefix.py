@@ -84,9 +84,10 @@ class RecomputedPrefix:
 class _Kept:
     """What stays from chunk to chunk.
 
-    keys, values: by layer, [row, kv_heads, tokens, head_dim]. rows: the document of each. stop: one past the last
-    token's position. reads: chunks since the window was last recomputed. cut: whether older tokens were dropped, so
-    that sinks are needed. sinks: keys and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
+    keys, values: by layer, [row, kv_heads, tokens, head_dim], views of what the last chunk's call left; where `cut`,
+    with room for the sinks before them, in the place of tokens that are dropped. rows: the document of each. stop: one
+    past the last token's position. reads: chunks since the window was last recomputed. cut: whether older tokens were
+    dropped, so that sinks are needed. sinks: keys and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
     """
 
     keys: list[Tensor]
@@ -133,9 +134,11 @@ class KeptPrefix:
             if kept.cut and self.sinks:
                 sinks = [_pick(t, kept.rows, rows) for t in kept.sinks] if kept.sinks else self._read_sinks(rows, kept)
             for layer, (k, v) in enumerate(zip(kept.keys, kept.values, strict=True)):
+                k, v = _pick(k, kept.rows, rows), _pick(v, kept.rows, rows)
                 if sinks:
-                    past.update(sinks[2 * layer][:, 0], sinks[2 * layer + 1][:, 0], layer)
-                past.update(_pick(k, kept.rows, rows), _pick(v, kept.rows, rows), layer)
+                    k[:, :, : self.sinks], v[:, :, : self.sinks] = sinks[2 * layer][:, 0], sinks[2 * layer + 1][:, 0]
+                past.update(k[:, :, :0], v[:, :, :0], layer)
+                past.layers[layer].keys, past.layers[layer].values = k, v  # not copied, as `update` would
             sinks = [t[:, 1:] for t in sinks] if sinks and sinks[0].shape[1] > 1 else []
             first, reads, cut = kept.stop, kept.reads, kept.cut
         self._open = (past, first + n_inputs, reads + 1, rows, cut, sinks)
@@ -145,7 +148,7 @@ class KeptPrefix:
     def _read_sinks(self, rows: list[int], kept: _Kept) -> list[Tensor]:
         """Keys and values of the sinks, layer by layer, where the next chunks will look for them."""
         ids = torch.stack([self.first[row] for row in rows])
-        begin = kept.stop - kept.keys[0].shape[-2] - ids.shape[1]
+        begin = kept.stop - kept.keys[0].shape[-2]
         ahead = min(_AHEAD, self.refresh - kept.reads)
         steps = torch.arange(ahead, device=ids.device) * self.chunk
         positions = begin + steps[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -158,7 +161,7 @@ class KeptPrefix:
                 use_cache=True,
                 position_ids=positions.repeat(len(rows), 1),
             )
-        return [t.unflatten(0, (len(rows), ahead)) for layer in past.layers for t in (layer.keys, layer.values)]
+        return [t.unflatten(0, (len(rows), ahead)) for layer in _states(past) for t in layer]
 
     def keep(self) -> None:
         """Keeps what the last call left in its cache, for the next chunk."""
@@ -166,16 +169,9 @@ class KeptPrefix:
             return
         past, stop, reads, rows, cut, sinks = self._open
         self._open = None
-        n_sinks = self.sinks
-        length = past.get_seq_length()
-        n = length - (n_sinks if cut else 0)
-        if cut or n > self.limit:
-            n, cut = min(n, self.limit - n_sinks), True
-        keys, values = [], []
-        for layer in past.layers:
-            keys.append(layer.keys.detach()[:, :, length - n :].clone())
-            values.append(layer.values.detach()[:, :, length - n :].clone())
-        self._kept = _Kept(keys, values, rows, stop, reads, cut, sinks)
+        first = max(0, past.get_seq_length() - self.limit)
+        keys, values = ([t.detach()[:, :, first:] for t in of] for of in zip(*_states(past), strict=True))
+        self._kept = _Kept(keys, values, rows, stop, reads, cut or first > 0, sinks)
 
     def forget(self) -> None:
         """Recomputes the window at the next chunk."""
@@ -188,8 +184,8 @@ class KeptPrefix:
         kept = self._kept
         if kept is None:
             return {}
-        state = {f"key.{i}": k for i, k in enumerate(kept.keys)} | {f"value.{i}": v for i, v in enumerate(kept.values)}
-        state |= {f"sink.{i}": t.contiguous() for i, t in enumerate(kept.sinks)}
+        parts = (("key", kept.keys), ("value", kept.values), ("sink", kept.sinks))
+        state = {f"{name}.{i}": t.contiguous() for name, tensors in parts for i, t in enumerate(tensors)}
         numbers = torch.tensor([kept.stop, kept.reads, int(kept.cut), *kept.rows])
         return state | {"numbers": numbers}
 
@@ -224,6 +220,11 @@ class KeptPrefix:
                 "this state's kept context does not fit its documents; move the state away to start afresh"
             )
         self._kept = _Kept(keys, values, rows, stop, reads, bool(cut), sinks)
+
+
+def _states(past: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of a cache, layer by layer."""
+    return [(layer.keys, layer.values) for layer in past.layers]
 
 
 def _pick(tensor: Tensor, kept: list[int], rows: list[int]) -> Tensor:

@@ -55,7 +55,7 @@ class Spy:
     def read_prefix(self, _model: Any, inputs: Tensor) -> Tensor:
         return inputs
 
-    def chunk_nll(self, _model: Any, inputs: Tensor, targets: Tensor, prefix: Tensor, _head: Any) -> Tensor:
+    def chunk_nll(self, _model: Any, inputs: Tensor, targets: Tensor, prefix: Tensor, *_more: Any) -> Tensor:
         self.calls.append((torch.cat([prefix, inputs], dim=1), prefix.shape[1]))
         assert inputs.shape == targets.shape
         return torch.where(targets == IGNORED, 0, targets).float()
