@@ -32,6 +32,7 @@ except ImportError:  # not on Windows, where a second writer is not noticed
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SUMS = "SHA256SUMS"  # a list of the files' hashes, which other weights make untrue
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -43,6 +43,7 @@ from locas.checkpoint import (
     CONFIG,
     DTYPES,
     INDEX,
+    SUMS,
     Checkpoint,
     Entry,
     Shard,
@@ -122,7 +123,8 @@ def merge(
         if source.index_text is not None:
             write_text(folder / INDEX, _new_index(source, plan))
         for path in source.other_files():
-            copy_file(source.folder / path, folder / path)
+            if path.name != SUMS:
+                copy_file(source.folder / path, folder / path)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return manifest
 
@@ -144,7 +146,9 @@ def _manifest(
                 "manifest": memory.manifest(),
             }
         )
-    files_text = {CONFIG: source.config_text} | ({INDEX: source.index_text} if source.index_text is not None else {})
+    sums, texts = source.folder / SUMS, {CONFIG: source.config_text}
+    texts |= {INDEX: source.index_text} if source.index_text is not None else {}
+    texts |= {SUMS: sums.read_text(encoding="utf-8")} if sums.is_file() else {}
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -156,7 +160,7 @@ def _manifest(
         "memories": about,
         "tensors": {},
         "shards": {shard.path.name: shard.header for shard in source.shards},
-        "files": files_text,
+        "files": texts,
     }
 
 

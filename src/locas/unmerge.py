@@ -20,6 +20,7 @@ from locas.checkpoint import (
     CONFIG,
     DTYPES,
     INDEX,
+    SUMS,
     Checkpoint,
     Entry,
     check_output,
@@ -65,7 +66,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"memory {i} should be {MEMORIES}/{i}.safetensors, not {about['file']!r}")
     headers = [entries_of(header) for header in manifest["shards"].values()]
     names = [entry.name for entries in headers for entry in entries]
-    if sorted(names) != sorted(manifest["tensors"]) or not manifest["files"].keys() <= {CONFIG, INDEX}:
+    if sorted(names) != sorted(manifest["tensors"]) or not manifest["files"].keys() <= {CONFIG, INDEX, SUMS}:
         raise ValueError("the headers of its shards and its list of tensors disagree")
     if not all(isinstance(text, str) for text in manifest["files"].values()) or CONFIG not in manifest["files"]:
         raise ValueError(f"the original {CONFIG} is missing")
@@ -79,8 +80,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 def unmerge(folder: str | Path, output: str | Path, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Writes the checkpoint that a merged one was made from, and its memories as files in `locas_memories`.
 
-    Weights, index and config are byte for byte what they were, which is checked; tokenizer and other files are copied
-    as they are now.
+    Weights, index, config and a list of hashes are byte for byte what they were, which is checked; tokenizer and other
+    files are copied as they are now.
 
     Args:
         folder: what `merge` wrote.
@@ -114,7 +115,7 @@ def unmerge(folder: str | Path, output: str | Path, *, on_progress: OnProgress |
         for name, text in manifest["files"].items():
             write_text(new / name, text)
         for path in merged.other_files():
-            if path.name != MANIFEST:
+            if path.name not in (MANIFEST, *manifest["files"]):
                 copy_file(merged.folder / path, new / path)
     return manifest
 

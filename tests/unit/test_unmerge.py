@@ -1,5 +1,6 @@
 """Un-merging gives back originals only: what was changed since is refused."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,21 @@ def merged_once(saved_of: SavedOf, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("merged_once")
     merge([keep(memory_for(model, layers=UNEQUAL), model, folder / "m.safetensors", source)], folder / "merged")
     return folder / "merged"
+
+
+def test_a_list_of_hashes_is_not_carried_where_it_is_untrue(saved_of: SavedOf, tmp_path: Path) -> None:
+    model, source = saved_of("qwen2")
+    backbone = shutil.copytree(source, tmp_path / "backbone")
+    carried = [p for p in sorted(backbone.iterdir()) if p.suffix != ".bin"]  # weights in other containers are not
+    sums = "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in carried)
+    (backbone / "SHA256SUMS").write_text(sums)
+    merge([keep(memory_for(model), model, tmp_path / "m.safetensors", backbone)], tmp_path / "merged")
+    assert not (tmp_path / "merged" / "SHA256SUMS").exists()
+    unmerge(tmp_path / "merged", tmp_path / "back")
+    assert (tmp_path / "back" / "SHA256SUMS").read_text() == sums
+    for line in sums.splitlines():
+        digest, name = line.split()
+        assert hashlib.sha256((tmp_path / "back" / name).read_bytes()).hexdigest() == digest
 
 
 NAME = "model.layers.1.mlp.gate_up_proj.weight"
