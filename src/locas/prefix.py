@@ -84,10 +84,10 @@ class RecomputedPrefix:
 class _Kept:
     """What stays from chunk to chunk.
 
-    keys, values: by layer, [row, kv_heads, tokens, head_dim], views of what the last chunk's call left; where `cut`,
-    with room for the sinks before them, in the place of tokens that are dropped. rows: the document of each. stop: one
-    past the last token's position. reads: chunks since the window was last recomputed. cut: whether older tokens were
-    dropped, so that sinks are needed. sinks: keys and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
+    keys, values: by layer, [row, kv_heads, tokens, head_dim]; where `cut`, with room for the sinks before them, in the
+    place of tokens that are dropped. rows: the document of each. stop: one past the last token's position. reads: chunks
+    since the window was last recomputed. cut: whether older tokens were dropped, so that sinks are needed. sinks: keys
+    and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
     """
 
     keys: list[Tensor]
@@ -170,7 +170,8 @@ class KeptPrefix:
         past, stop, reads, rows, cut, sinks = self._open
         self._open = None
         first = max(0, past.get_seq_length() - self.limit)
-        keys, values = ([t.detach()[:, :, first:] for t in of] for of in zip(*_states(past), strict=True))
+        # Copied, so that what is dropped is freed.
+        keys, values = ([t.detach()[:, :, first:].clone() for t in of] for of in zip(*_states(past), strict=True))
         self._kept = _Kept(keys, values, rows, stop, reads, cut or first > 0, sinks)
 
     def forget(self) -> None:
