@@ -85,9 +85,9 @@ class _Kept:
     """What stays from chunk to chunk.
 
     keys, values: by layer, [row, kv_heads, tokens, head_dim]; where `cut`, with room for the sinks before them, in the
-    place of tokens that are dropped. rows: the document of each. stop: one past the last token's position. reads: chunks
-    since the window was last recomputed. cut: whether older tokens were dropped, so that sinks are needed. sinks: keys
-    and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
+    place of tokens that are dropped. rows: the document of each. stop: one past the last token's position. reads:
+    chunks since the window was last recomputed. cut: whether older tokens were dropped, so that sinks are needed.
+    sinks: keys and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
     """
 
     keys: list[Tensor]
