@@ -263,18 +263,14 @@ def _key(row: dict[str, Any]) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Perplexity change against truncated reading, a line for each setting, a column for each book."""
-    plain = {}
-    for row in results:
-        if row["settings"]["init"] is None:
-            plain[row["book"], row["tokens"], _sizes(row)] = row["nll"]
+    plain = baselines(results)
     lines: dict[tuple[str, str], dict[str, float]] = {}
     for row in results:
-        book = row["book"], row["tokens"]
-        base = plain.get((*book, _sizes(row)), plain.get((*book, _sizes(row, truncated=True))))
+        base = baseline(row, plain)
         if base is None or row["settings"]["init"] is None:
             continue
         kind = "whole" if row["whole"] else f"{row['tokens']:,}"
-        change = 100 * (math.exp((row["nll"] - base) / row["tokens"]) - 1)
+        change = 100 * (math.exp((row["nll"] - base["nll"]) / row["tokens"]) - 1)
         lines.setdefault((kind, row["settings"]["name"]), {})[row["book"]] = change
     out = []
     for (kind, name), changes in lines.items():
@@ -283,11 +279,20 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def _sizes(row: dict[str, Any], truncated: bool = False) -> str:
-    """What truncated reading is compared in; or, where the context is kept, as `ReadSettings.truncated` has it."""
+def baselines(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of truncated reading, by what is read and in which windows and chunks."""
+    return {_place(row): row for row in results if row["settings"]["init"] is None}
+
+
+def baseline(row: dict[str, Any], plain: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Truncated reading of the same tokens: in the same chunks, or where a memory kept its context in longer ones."""
+    return plain.get(_place(row), plain.get(_place(row, truncated=True)))
+
+
+def _place(row: dict[str, Any], truncated: bool = False) -> str:
     read = row["settings"]["read"]
-    chunk = None if truncated and read["reuse"] else read["chunk"]
-    return json.dumps([read["window"], chunk, read["start_in_every_window"]])
+    chunk = None if truncated and read.get("reuse") else read["chunk"]
+    return json.dumps([row["book"], row["tokens"], read["window"], chunk, read["start_in_every_window"]])
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 import textwrap
 from collections import Counter
@@ -19,9 +20,11 @@ import compress
 import dialogue
 import forgetting
 from markdown_table import markdown
+from sweep import baseline, baselines
 
 import locas
 from locas.backbone import DEFAULT_BACKBONE, built_in
+from locas.cli.bench_tables import NAMES
 from locas.evaluate.bench_scaling import GROWTH
 from locas.evaluate.provenance import weights_sha256
 from locas.evaluate.statistics import paired_bootstrap
@@ -75,7 +78,11 @@ def with_tables(text: str) -> str:
 
     def table(mark: re.Match[str]) -> str:
         report = json.loads((RESULTS / mark[2]).read_text())
-        kinds = {"comparisons": dialogues_in_brief, "at_equal_gain": forgetting_in_brief}
+        kinds = {
+            "comparisons": dialogues_in_brief,
+            "at_equal_gain": forgetting_in_brief,
+            "relative_time": speed_in_brief,
+        }
         return mark[1] + next((of for key, of in kinds.items() if key in report), brief)(report) + mark[3]
 
     return MARKED.sub(table, text)
@@ -152,6 +159,22 @@ def forgetting_in_brief(report: Row) -> str:
     return point(f"{text}. With nothing attached, the backbone is the same to the last bit.")
 
 
+def speed_in_brief(report: Row) -> str:
+    """What reading, with learning or without, takes relative to reading, and a generated token with a memory."""
+    memory = report.get("relative_memory", {})
+    lines = [
+        [NAMES[method], f"{ratio:.2f} [{report['quartiles'][method][0]:.2f}, {report['quartiles'][method][1]:.2f}]"]
+        + ([f"{memory[method]:.2f}"] if memory else [])
+        for method, ratio in report["relative_time"].items()
+    ]
+    settings, backbone = report["settings"], report["backbone"]
+    what = (
+        f"{backbone['name']}, {backbone['dtype']}, {report['device'].rpartition(',')[0]}; window "
+        f"{settings['window']:,}, chunk {settings['chunk']:,}, rank {settings['rank']}"
+    )
+    return markdown([what, "time [quartiles]", *(["memory"] if memory else [])], lines)
+
+
 def point(text: str) -> str:
     """A point of a Markdown list, in lines of 120."""
     return textwrap.fill(text, 120, initial_indent="* ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
@@ -214,16 +237,6 @@ def provenance(path: Path, report: Row, carried: set[str]) -> str:
     )
 
 
-def baselines(report: Row) -> dict[tuple[Any, ...], Row]:
-    """Truncated reading, by book, number of tokens and window sizes."""
-    return {place(row): row for row in report["results"] if row["settings"]["init"] is None}
-
-
-def place(row: Row) -> tuple[Any, ...]:
-    read = row["settings"]["read"]
-    return row["book"], row["tokens"], read["window"], read["chunk"], read["start_in_every_window"]
-
-
 def change(row: Row, plain: Row) -> float:
     """Relative change of perplexity, in per cent."""
     return 100 * (math.exp((row["nll"] - plain["nll"]) / row["tokens"]) - 1)
@@ -235,16 +248,15 @@ def bits(row: Row) -> float:
 
 def books(report: Row) -> str:
     """Development books: perplexity and bits per byte, with memory and without, a table for each setting."""
-    plain = baselines(report)
+    plain = baselines(report["results"])
     tables = []
-    settings: dict[tuple[str, bool], list[Row]] = {}
+    settings: dict[tuple[str, bool], list[tuple[Row, Row]]] = {}
     for row in report["results"]:
-        if row["settings"]["init"] is not None and place(row) in plain:
-            settings.setdefault((row["settings"]["name"], row["whole"]), []).append(row)
-    for (name, whole), rows in settings.items():
-        lines = []
-        for row in sorted(rows, key=lambda r: r["book"].zfill(9)):
-            base = plain[place(row)]
+        if row["settings"]["init"] is not None and (base := baseline(row, plain)) is not None:
+            settings.setdefault((row["settings"]["name"], row["whole"]), []).append((row, base))
+    for (name, whole), pairs in settings.items():
+        rows, lines = [row for row, _ in pairs], []
+        for row, base in sorted(pairs, key=lambda pair: pair[0]["book"].zfill(9)):
             ppl = [math.exp(r["nll"] / r["tokens"]) for r in (base, row)]
             lines.append(
                 [
@@ -255,7 +267,7 @@ def books(report: Row) -> str:
                     *(f"{bits(r):.4f}" for r in (base, row)),
                 ]
             )
-        changes = [change(r, plain[place(r)]) for r in rows]
+        changes = [change(row, base) for row, base in pairs]
         better = sum(c < 0 for c in changes)
         init = rows[0]["settings"]["init"]
         what = "whole books" if whole else f"their first {max(r['tokens'] for r in rows):,} tokens"
@@ -267,7 +279,7 @@ def books(report: Row) -> str:
                 ["book", "tokens", "perplexity without", "with", "change", "bits per byte without", "with"], lines
             )
         )
-    tables.append(against_default([row for rows in settings.values() for row in rows]))
+    tables.append(against_default([row for pairs in settings.values() for row, _ in pairs]))
     return "## Development books, read online (every token scored before it is learnt)\n" + "\n".join(tables)
 
 
@@ -295,18 +307,19 @@ def against_default(rows: list[Row]) -> str:
 
 def sweep(report: Row) -> str:
     """The grids on which the defaults were chosen: change of perplexity against truncated reading."""
-    plain = baselines(report)
+    plain = baselines(report["results"])
     names: dict[tuple[str, int, str], dict[str, float]] = {}
     for row in report["results"]:
-        if row["settings"]["init"] is not None and place(row) in plain:
+        if row["settings"]["init"] is not None and (base := baseline(row, plain)) is not None:
             key = (row["grid"], row["tokens"], row["settings"]["name"])
-            names.setdefault(key, {})[row["book"]] = change(row, plain[place(row)])
+            names.setdefault(key, {})[row["book"]] = change(row, base)
     columns = sorted({book for changes in names.values() for book in changes})
     lines = [
-        [f"{grid}: {name}", f"{tokens:,}", *(f"{c[b]:+.1f}%" if b in c else "" for b in columns)]
+        [f"{grid}: {name}", f"{tokens:,}", f"{statistics.mean(c.values()):+.2f}%"]
+        + [f"{c[b]:+.1f}%" if b in c else "" for b in columns]
         for (grid, tokens, name), c in names.items()
     ]
-    return "## Choosing the settings\n" + markdown(["setting", "tokens", *columns], lines)
+    return "## Choosing the settings\n" + markdown(["setting", "tokens", "mean", *columns], lines)
 
 
 def headline(report: Row) -> str:
@@ -385,12 +398,12 @@ def ablations(report: Row) -> str:
 
     Seeds of one setting are averaged book by book first.
     """
-    plain = baselines(report)
+    plain = baselines(report["results"])
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in report["results"]:
-        if row["settings"]["init"] is not None and place(row) in plain:
+        if row["settings"]["init"] is not None and (base := baseline(row, plain)) is not None:
             key = (row["grid"], row["settings"]["name"].partition(", seed ")[0])
-            difference = bits(row) - bits(plain[place(row)])
+            difference = bits(row) - bits(base)
             found.setdefault(key, {}).setdefault(row["book"], []).append(difference)
     lines = []
     for (grid, name), books_ in found.items():

@@ -33,12 +33,15 @@ def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch
         if path.stem.startswith("forgetting_"):
             for pair in report["at_equal_gain"]:
                 pair["at"][0]["ratio"] = 0.123
+        if path.stem.startswith("bench_"):
+            report["relative_time"]["locas_exact"] = 98.76
         (tmp_path / path.name).write_text(json.dumps(report))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     changed = tables.with_tables(readme)
     marked = [name for _, name, _ in tables.MARKED.findall(readme)]
     assert changed.count("12345.6") == sum(name.startswith("books_") for name in marked)
     assert changed.count("+6.78") == 3  # beside no memory, TempLoRA and BM25
+    assert changed.count("98.76") == sum(name.startswith("bench_") for name in marked) > 0
     assert changed.count(" 0.12 and ") > 1  # with each of the settings
 
 
