@@ -203,7 +203,7 @@ def chart(points: Sequence[Row]) -> Any:
             scale=alt.Scale(type="log", nice=False, padding=16),
         ),
         y=alt.Y("gain:Q", title="gain on the book's later text (nats per token)"),
-        color=alt.Color("method:N", title="method", legend=alt.Legend(orient="bottom")),
+        color=alt.Color("method:N", title="method", legend=alt.Legend(orient="bottom", labelLimit=400, columns=2)),
         detail="label:N",
     )
     dots = base.mark_point(filled=True, size=90, opacity=0.85).encode(
