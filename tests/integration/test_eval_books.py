@@ -57,7 +57,7 @@ def test_the_figures_are_those_of_the_library(evaluated: tuple[Path, dict[str, A
     text = (library / "one.txt").read_text()
     ids, n_bytes = backbone.encode(text, 70)
     memory = create(backbone.model, ids[:32], rank=3, start_id=backbone.start_id)
-    memorize = replace(settings, reuse=True, write=WriteSettings(damping=0.1))
+    memorize = replace(settings, reuse=True, attention_gradient="values", write=WriteSettings(damping=0.1))
     for name, of, how in (("truncation", None, settings), ("locas:rank=3", memory, memorize)):
         records = list(read(backbone.model, of, ids, how, start_id=backbone.start_id))
         nll = torch.cat([r.nll for r in records]).double()

@@ -32,6 +32,7 @@ from locas.cli.common import (
 )
 from locas.cycle import CycleRun
 from locas.initialise import InitSettings
+from locas.memory import load
 from locas.run import Progress as RunProgress
 from locas.run import Run
 from locas.run_memories import check_output
@@ -147,11 +148,14 @@ class Memorize:
             )
 
     def _check_memory(self) -> None:
-        """What a memory that exists has already cannot be chosen again."""
+        """What a memory that exists has already cannot be chosen again, unless the same is said of it."""
         if self.memory is None:
             return
-        fresh, made = PRESETS[self.preset].init, self.initialise
+        fresh, made, bank = PRESETS[self.preset].init, self.initialise, load(self.memory).bank
+        has: dict[str, Any] = {"variant": bank.variant, "activation": bank.activation}
+        has |= {"rank": made.rank} if {*bank.ranks.values()} == {made.rank} else {}
         chosen = [f.name for f in fields(InitSettings) if getattr(made, f.name) != getattr(fresh, f.name)]
+        chosen = [name for name in chosen if getattr(made, name) != has.get(name)]
         chosen = [name for name in chosen if not (self.grow and name in ("init", "seed"))]
         chosen += [name for name in ("layers", "init_tokens") if getattr(self, name) != getattr(Memorize, name)]
         if chosen:
