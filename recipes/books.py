@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 METHODS = (
     "truncation",
     "locas",
+    "locas:attention_gradient=full",
     "locas-recomputed",
     "locas-recomputed:damping=0.1:lr=0.1",
     "locas-recomputed:reuse=true:chunk=256",
