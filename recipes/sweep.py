@@ -310,13 +310,13 @@ def main() -> int:
     for name in (args.grid or []) + (list(ablations()) if args.ablations else []):
         entries = grids()[name]
         sizes = {(r.window, r.chunk, r.start_in_every_window) for r in (e.read.truncated() for e in entries)}
-        baselines = [
+        truncated = [
             Entry("truncated reading", None, READ(window=w, chunk=c, start_in_every_window=s))
             for w, c, s in sorted(sizes, key=str)
         ]
         for book in books:
             known = {_key(row) for row in report["results"]}
-            for row in rows(backbone, book, baselines + entries, args.max_tokens, known):
+            for row in rows(backbone, book, truncated + entries, args.max_tokens, known):
                 report["results"].append(row | {"grid": name, "whole": args.max_tokens is None})
                 report |= (where := environment(backbone)) | {"seeds": [0], "settings": where["backbone"]}
                 write_report(args.output, report)

@@ -160,7 +160,7 @@ def forgetting_in_brief(report: Row) -> str:
 
 
 def speed_in_brief(report: Row) -> str:
-    """What reading, with learning or without, takes relative to reading, and a generated token with a memory."""
+    """What reading, with learning or without, takes relative to reading only, and the peak of memory."""
     memory = report.get("relative_memory", {})
     lines = [
         [NAMES[method], f"{ratio:.2f} [{report['quartiles'][method][0]:.2f}, {report['quartiles'][method][1]:.2f}]"]

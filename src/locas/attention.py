@@ -36,7 +36,7 @@ class ChunkAttention(TorchFunctionMode):
     """Inside, `scaled_dot_product_attention` looks at a mask of booleans once, not once a layer.
 
     Where the mask is a chunk's, causal behind a context that all of it sees, on a CPU, in float32 or float64 (bfloat16
-    too where gradients go through the values only), attention is `chunk_attention`. Any other mask becomes 0 and -inf
+    too where queries and keys need no gradients), attention is `chunk_attention`. Any other mask becomes 0 and -inf
     once: torch's own attention would do the same in every layer, and autograd keep each.
 
     Args:

@@ -157,14 +157,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if (folder / WEIGHTS).is_file():  # what transformers takes first, too
         names, index_text = [WEIGHTS], None
     elif (folder / INDEX).is_file():
-        names, index_text = sorted(set(_weight_map(folder).values())), (folder / INDEX).read_text("utf-8")
+        names, index_text = sorted(set(_weight_map(folder).values())), read_text(folder / INDEX)
     else:
         raise FileNotFoundError(
             f"{folder} has no safetensors weights ({WEIGHTS} or {INDEX}); write it anew in that format with "
             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(FOLDER), and its tokenizer likewise"
         )
     shards = tuple(_open_shard(folder / name) for name in names)
-    checkpoint = Checkpoint(folder, (folder / CONFIG).read_text("utf-8"), index_text, shards)
+    checkpoint = Checkpoint(folder, read_text(folder / CONFIG), index_text, shards)
     if sum(len(shard.entries) for shard in shards) != len(checkpoint.entries):
         raise ValueError(f"{folder} holds a tensor of the same name in several of its files; it is damaged")
     if index_text is not None and (missing := _weight_map(folder).keys() - checkpoint.entries.keys()):
@@ -174,7 +174,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
-        names = dict(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"])
+        names = dict(json.loads(read_text(folder / INDEX))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / INDEX} is not an index of shards ({error!r})") from error
     for name in names.values():
@@ -260,6 +260,14 @@ def write_shard(path: Path, header: str, tensors: Iterable[Tensor]) -> None:
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy where it is contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file with the line ends that it has. Raises ValueError if it is none."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); mend it or move it away") from error
 
 
 def write_text(path: Path, text: str) -> None:

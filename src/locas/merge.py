@@ -54,6 +54,7 @@ from locas.checkpoint import (
     header_of,
     new_folder,
     open_checkpoint,
+    read_text,
     write_shard,
     write_text,
 )
@@ -148,7 +149,7 @@ def _manifest(
         )
     sums, texts = source.folder / SUMS, {CONFIG: source.config_text}
     texts |= {INDEX: source.index_text} if source.index_text is not None else {}
-    texts |= {SUMS: sums.read_text(encoding="utf-8")} if sums.is_file() else {}
+    texts |= {SUMS: read_text(sums)} if sums.is_file() else {}
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,

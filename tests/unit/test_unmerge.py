@@ -47,6 +47,17 @@ def test_a_list_of_hashes_is_not_carried_where_it_is_untrue(saved_of: SavedOf, t
         assert hashlib.sha256((tmp_path / "back" / name).read_bytes()).hexdigest() == digest
 
 
+def test_texts_come_back_with_the_line_ends_that_they_had(saved_of: SavedOf, tmp_path: Path) -> None:
+    model, source = saved_of("qwen2")
+    backbone = shutil.copytree(source, tmp_path / "backbone")
+    (backbone / "SHA256SUMS").write_bytes(b"0  a\r\n1  b\n")
+    (backbone / "config.json").write_bytes((backbone / "config.json").read_bytes().replace(b"\n", b"\r\n"))
+    merge([keep(memory_for(model), model, tmp_path / "m.safetensors", backbone)], tmp_path / "merged")
+    unmerge(tmp_path / "merged", tmp_path / "back")
+    for name in ("SHA256SUMS", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (backbone / name).read_bytes()
+
+
 NAME = "model.layers.1.mlp.gate_up_proj.weight"
 
 
