@@ -12,7 +12,7 @@ constants (`AttentionGradient`), because the context then has no part in the bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -76,9 +76,14 @@ class ChunkAttention(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             mask = self._look_at(attn_mask)
             plain = dropout_p == 0 and not is_causal and not enable_gqa
-            if plain and mask.context is not None and _fits(query, key, value, attn_mask):
+            if plain and mask.context is not None and _fits(query, key, value, attn_mask.shape[2:]):
                 return chunk_attention(query, key, value, mask.context, scale)
             attn_mask = mask.numbers(query.dtype)
+        elif attn_mask is None and is_causal and dropout_p == 0 and self.gradient == "values" and value.requires_grad:
+            # A text's first chunk: torch's own attention would keep all that its queries and keys need.
+            each = [t.repeat_interleave(query.shape[1] // t.shape[1], 1) if enable_gqa else t for t in (key, value)]
+            if _fits(query, each[0], each[1], (query.shape[2], query.shape[2])):
+                return chunk_attention(query, each[0], each[1], 0, scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -122,14 +127,14 @@ class _Mask:
         return self._numbers[dtype]
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-    """Whether `chunk_attention` can take them."""
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Sequence[int]) -> bool:
+    """Whether `chunk_attention` can take them, beside a mask of so many queries and keys."""
     return (
         query.dtype in (_DTYPES if query.requires_grad or key.requires_grad else _DTYPES_OF_VALUES)
         and query.dim() == 4
         and all(t.device.type == "cpu" and t.dtype == query.dtype for t in (key, value))
-        and key.shape == value.shape == (*query.shape[:2], mask.shape[3], query.shape[3])
-        and query.shape[2] == mask.shape[2]
+        and key.shape == value.shape == (*query.shape[:2], mask[1], query.shape[3])
+        and query.shape[2] == mask[0]
     )
 
 
@@ -141,7 +146,7 @@ def chunk_attention(query: Tensor, key: Tensor, value: Tensor, context: int, sca
             needs a gradient. Then only the chunk's part of the values has a part in the backward pass.
         key: [batch, heads, context + chunk, d_head]. The context's part gets no gradients (zeros).
         value: likewise.
-        context: how many keys come before the chunk's; 1 or more.
+        context: how many keys come before the chunk's; 1 or more, or 0 where neither query nor key needs a gradient.
         scale: of the products; None: 1 / sqrt(d_head).
 
     Returns:
@@ -155,12 +160,16 @@ def chunk_attention(query: Tensor, key: Tensor, value: Tensor, context: int, sca
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and [batch, heads, chunk] float32 or float64 the logarithm of the sum of a query's exponentials."""
-    before, within = (
+    parts = ((slice(context), False), (slice(context, None), True))
+    *others, within = (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key[:, :, part], value[:, :, part], 0.0, causal, scale=scale
         )
-        for part, causal in ((slice(context), False), (slice(context, None), True))
+        for part, causal in (parts if context else parts[1:])
     )
+    if not others:
+        return within
+    (before,) = others
     log_sum = torch.logaddexp(before[1], within[1])
     share = (within[1] - log_sum).exp_().unsqueeze(-1)  # of the chunk's keys in a query's weights
     return torch.lerp(before[0].to(share.dtype), within[0].to(share.dtype), share).to(query.dtype), log_sum
@@ -172,7 +181,8 @@ class _ChunkAverage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> Tensor:
         out, log_sum = _forward(query, key, value, context, scale)
-        ctx.save_for_backward(query, key[:, :, context:], log_sum)
+        # A copy of the chunk's own: a view would hold the context's as well.
+        ctx.save_for_backward(query, _each_once(key[:, :, context:]).contiguous(), log_sum)
         ctx.scale, ctx.shape = scale, value.shape
         return out
 
@@ -181,14 +191,30 @@ class _ChunkAverage(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
         query, key, log_sum = ctx.saved_tensors
         chunk, grad_value = query.shape[2], grad.new_zeros(ctx.shape)
-        own = grad_value[:, :, -chunk:]
+        own, key = grad_value[:, :, -chunk:], key.to(log_sum.dtype)
         for first in range(0, chunk, _ROWS):
             last = min(first + _ROWS, chunk)
             some = query[:, :, first:last].to(log_sum.dtype) * ctx.scale
-            weights = (some @ key[:, :, :last].to(log_sum.dtype).mT).sub_(log_sum[:, :, first:last, None]).exp_()
+            # Queries that share a key stand one after another.
+            some = some.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+            weights = (some @ key[:, :, :last].mT).view(*query.shape[:2], last - first, last)
+            weights = weights.sub_(log_sum[:, :, first:last, None]).exp_()
             weights[..., first:].tril_()
             own[:, :, :last] += weights.to(grad.dtype).mT @ grad[:, :, first:last]
         return None, None, grad_value, None, None
+
+
+def _each_once(heads: Tensor) -> Tensor:
+    """[batch, heads, seq, d_head] as [batch, heads / n, seq, d_head], n how often grouped queries had each copied."""
+    for copies in range(heads.shape[1], 1, -1):
+        if heads.shape[1] % copies == 0 and all(_repeats(some, copies) for some in (heads[:, :, -1:], heads)):
+            return heads[:, ::copies]
+    return heads
+
+
+def _repeats(heads: Tensor, copies: int) -> bool:
+    first, *others = heads.unflatten(1, (-1, copies)).unbind(2)
+    return all(torch.equal(first, other) for other in others)
 
 
 class _ChunkAttention(torch.autograd.Function):

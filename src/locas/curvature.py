@@ -14,6 +14,7 @@ between layers, so that one matrix is kept for a whole memory: the mean over its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from locas.bank import Bank
 from locas.sites import Site
+
+_BLOCK = 256  # columns
 
 
 class Curvature:
@@ -81,9 +84,28 @@ class Curvature:
 
     def _second_moments(self, grad: Tensor, rows: int) -> Tensor:
         """[rows, d_model, d_model] of a gradient [rows (* seq), seq, d_model], mean eigenvalue 1 / layers, or 0."""
-        flat = grad.reshape(rows, -1, self.bank.d_model).to(self._sum.device, self._sum.dtype)
-        peak = flat.abs().amax(dim=(-2, -1), keepdim=True)
-        flat = flat / torch.where(peak == 0, 1.0, peak)  # squares of small numbers leave float32's range
-        moments = flat.mT @ flat
+        flat = grad.reshape(rows, -1, self.bank.d_model).to(self._sum.device)
+        moments = _squared(flat if _takes_half(flat) else flat.to(self._sum.dtype), self._sum.dtype)
         mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * len(self.sites)
         return moments.div_(torch.where(mean == 0, 1.0, mean))
+
+
+def _squared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x^T x of [n, tokens, d], times a power of four that keeps it within range, in `dtype`: [n, d, d]."""
+    n, _, d = x.shape
+    exponent = x.abs().amax(dim=(-2, -1), keepdim=True).frexp().exponent
+    most = math.frexp(torch.finfo(x.dtype).max)[1] - 2
+    x = x * torch.ldexp(x.new_ones(n, 1, 1), -exponent.clamp(-most, most))
+    if x.dtype != dtype:
+        return torch.bmm(x.mT, x, out_dtype=dtype)
+    made = x.new_empty(n, d, d)
+    for first in range(0, d, _BLOCK):  # what lies below the diagonal is copied from above it
+        last = min(first + _BLOCK, d)
+        torch.bmm(x[:, :, first:last].mT, x[:, :, first:], out=made[:, first:last, first:])
+        made[:, last:, first:last] = made[:, first:last, last:].mT
+    return made
+
+
+def _takes_half(x: Tensor) -> bool:
+    """Whether numbers of half the bits can be multiplied as they are, and summed up in float32: torch 2.8, CUDA."""
+    return x.is_cuda and x.element_size() == 2 and "dtype" in torch.ops.aten.bmm.overloads()

@@ -11,7 +11,7 @@ has a graph, so a write costs one backward pass over the chunk, not over the win
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -94,12 +94,27 @@ def chunk_nll(
 
 def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
     """Reads context without gradients: [batch, seq] token ids, possibly none. Returns what the call with the tokens
-    after it needs, a cache of keys and values; it goes with one call, which changes it."""
+    after it needs, a cache of keys and values; it goes with one call, which uses it up layer by layer."""
     if inputs.shape[1] == 0:
         return {}
     with torch.no_grad():
         past = call(decoder(model), inputs, use_cache=True).past_key_values
+    for layer in past.layers:
+        layer.update = _emptying(layer)
     return {"past_key_values": past, "use_cache": True}
+
+
+def _emptying(layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What a cache's layer does when it gets new keys and values, and then it lets go of all: nobody reads them again,
+    and the layers above need the room."""
+    update = layer.update
+
+    def last(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = update(*args, **kwargs)
+        layer.keys, layer.values = keys.new_empty(0), values.new_empty(0)
+        return keys, values
+
+    return last
 
 
 def find_head(model: nn.Module) -> nn.Linear | None:

@@ -1,7 +1,8 @@
 """From the decoder's hidden states to each target's loss, without ever holding all logits.
 
-Most backbones end in one plain matrix. There the loss and its gradient are made together, a piece of the tokens at a
-time: what a chunk costs is the two products and one pass of the exponential, and its logits take a few MiB instead of
+Most backbones end in one plain matrix. There the loss and its gradient are made together, a piece of the vocabulary at
+a time, with a running maximum and sum as in online softmax (arXiv:1805.02867): what a chunk costs is the two products
+and one pass of the exponential over numbers that a processor's cache still holds, and its logits take 8 MiB instead of
 seq x vocab numbers thrice. Where a backbone does more (soft caps, scales, a quantised matrix), `forward.find_head`
 finds that out by trying, and the loss goes through the backbone's own logits.
 """
@@ -17,9 +18,10 @@ from torch.autograd.function import FunctionCtx
 
 IGNORED = -100  # a target that is not scored, as in torch's cross-entropy
 
-# A piece of logits has about so many entries, but at least so many tokens: below that the product is slow.
-_PIECE_ENTRIES = 2**24
-_PIECE_TOKENS = 256
+# A piece of logits has about so many entries, on a CPU and elsewhere (fewer, larger kernels), of so many tokens at most
+# and so much of the vocabulary at least: products of smaller ones are slow.
+_PIECE_ENTRIES, _PIECE_ENTRIES_OFF_CPU = 2**21, 2**24
+_PIECE_TOKENS, _PIECE_VOCABULARY = 2048, 1024
 
 
 def head_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -57,9 +59,8 @@ class _HeadNLL(torch.autograd.Function):
         known = targets.where(scored, 0)
         nll = hidden.new_empty(targets.shape, dtype=exact)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        tokens = max(_PIECE_TOKENS, _PIECE_ENTRIES // weight.shape[0])
-        for start in range(0, targets.numel(), tokens):
-            here = slice(start, start + tokens)
+        for start in range(0, targets.numel(), _PIECE_TOKENS):
+            here = slice(start, start + _PIECE_TOKENS)
             _piece(hidden[here], weight, bias, known[here], nll[here], None if grad is None else grad[here])
         if grad is not None:
             ctx.save_for_backward(grad, scored)
@@ -76,11 +77,27 @@ def _piece(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, nll: Tensor, grad: Tensor | None
 ) -> None:
     """Fills in the loss of some tokens, and its gradient: sum_v p_v w_v - w_target."""
-    logits = F.linear(hidden, weight, bias).to(nll.dtype)
-    largest = logits.amax(dim=-1, keepdim=True)
-    target = logits.gather(1, targets[:, None])
-    powers = logits.sub_(largest).exp_()
-    total = powers.sum(dim=-1, keepdim=True)
+    tokens, exact = hidden.shape[0], nll.dtype
+    entries = _PIECE_ENTRIES if hidden.device.type == "cpu" else _PIECE_ENTRIES_OFF_CPU
+    columns = max(_PIECE_VOCABULARY, entries // tokens)
+    largest = nll.new_full((tokens, 1), torch.finfo(exact).min)  # not -inf, which a whole piece's logits may be
+    total, target = nll.new_zeros(tokens, 1), nll.new_zeros(tokens, 1)
+    # Of the exponentials, relative to the largest so far: sum_v p_v w_v times their sum.
+    mean = None if grad is None else torch.zeros_like(hidden, dtype=exact)
+    for first in range(0, weight.shape[0], columns):
+        some = weight[first : first + columns]
+        logits = F.linear(hidden, some, None if bias is None else bias[first : first + columns]).to(exact)
+        where = targets[:, None] - first
+        inside = (where >= 0) & (where < some.shape[0])
+        target = torch.where(inside, logits.gather(1, where.clamp(0, some.shape[0] - 1)), target)
+        before, largest = largest, torch.maximum(largest, logits.amax(dim=-1, keepdim=True))
+        powers, shrink = logits.sub_(largest).exp_(), (before - largest).exp_()
+        total.mul_(shrink).add_(powers.sum(dim=-1, keepdim=True))
+        if mean is not None and some.dtype == exact:
+            mean.mul_(shrink).addmm_(powers, some)
+        elif mean is not None:
+            mean.mul_(shrink).add_(powers.to(some.dtype) @ some)
+        del logits, powers  # before the next ones are made
     nll.copy_((total.log() + largest - target)[:, 0])
-    if grad is not None:
-        grad.copy_((powers.to(weight.dtype) @ weight).div_(total).sub_(weight[targets]))
+    if grad is not None and mean is not None:
+        grad.copy_(mean.div_(total).sub_(weight[targets]))

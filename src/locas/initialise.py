@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from locas.attach import first_input
 from locas.bank import Bank, Variant
-from locas.forward import IGNORED, call, chunk_logits, device_of, frozen, token_nll, trained_context
+from locas.forward import IGNORED, call, chunk_logits, decoder, device_of, frozen, token_nll, trained_context
 from locas.sites import Site, find_sites
 
 Strategy = Literal["top-k", "bottom-k", "random-rows", "gaussian", "activation", "step-wise"]
@@ -235,18 +235,18 @@ class _Text:
         in many models are huge and say nothing of the text, are computed before and not seen."""
         size = self.window_tokens or trained_context(self.model) or 2048
         size = max(1, size - (self.start_id is not None))
-        ids = self.ids.to(device_of(self.model))
+        ids, body = self.ids.to(device_of(self.model)), decoder(self.model)  # nobody asks for logits
         with frozen(self.model):
             for first in range(0, ids.numel(), size):
                 window, past = ids[first : first + size][None], None
                 if self.start_id is not None:
                     start = window.new_full((1, 1), self.start_id)
-                    past = call(self.model, start, use_cache=True).past_key_values
+                    past = call(body, start, use_cache=True).past_key_values
                 with hook(first):
                     if past is None:
-                        call(self.model, window)
+                        call(body, window)
                     else:
-                        call(self.model, window, past_key_values=past, use_cache=True)
+                        call(body, window, past_key_values=past, use_cache=True)
 
 
 class _Handles:

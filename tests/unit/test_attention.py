@@ -147,6 +147,66 @@ def test_other_masks_are_torchs_own_and_become_numbers_once(
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("heads_of_keys", [6, 2, 1])
+def test_a_first_chunks_values_get_torchs_gradient_and_its_keys_are_kept_once(
+    heads_of_keys: int, calls: list[int]
+) -> None:
+    query, key, value = (t.detach() for t in operands(2, 6, 150, 0, 4))
+    key, value = (t[:, :heads_of_keys].contiguous().requires_grad_() for t in (key, value))
+    query.requires_grad_()
+    towards = torch.randn(query.shape, generator=torch.Generator().manual_seed(1), dtype=query.dtype)
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads_of_keys < 6)
+
+    (wanted,) = torch.autograd.grad(attend(), value, towards)
+    kept: list[Tensor] = []
+    with ChunkAttention("values"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        out = attend()
+    assert calls == [0]
+    assert (2, heads_of_keys, 150, 4) in [tuple(t.shape) for t in kept]
+    grads = torch.autograd.grad(out, (query, key, value), towards, allow_unused=True)
+    torch.testing.assert_close(grads[2], wanted, rtol=1e-11, atol=1e-12)
+    assert grads[:2] == (None, None)
+    value = value.detach()
+    with ChunkAttention("values"):
+        attend()
+    assert calls == [0]
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_keys_that_several_queries_share_are_kept_once(copies: int) -> None:
+    query, key, value = (t.detach() for t in operands(2, 6, 140, 20, 4))
+    key = key[:, : 6 // copies].repeat_interleave(copies, 1)
+    value.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        out = chunk_attention(query, key, value, 20)
+    assert [tuple(t.shape) for t in kept[:2]] == [(2, 6, 140, 4), (2, 6 // copies, 140, 4)]
+    expected = F.scaled_dot_product_attention(query, key, value, causal(140, 20))
+    (wanted,), (grad,) = (torch.autograd.grad(each.sum(), value) for each in (expected, out))
+    torch.testing.assert_close(grad[:, :, 20:], wanted[:, :, 20:], rtol=1e-11, atol=1e-12)
+
+
+def test_a_contexts_keys_and_values_are_let_go_layer_by_layer() -> None:
+    model: Any = tiny_model("qwen3")
+    ids = text(PREFIX + CHUNK)[None]
+    with torch.no_grad():
+        expected = model(ids).logits[:, PREFIX:]
+    past = read_prefix(model, ids[:, :PREFIX])
+    held: list[list[int]] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda *_: held.append([each.keys.numel() for each in past["past_key_values"].layers])
+        )
+    with torch.no_grad():
+        found = model(ids[:, PREFIX:], **past).logits
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    n = len(held)
+    assert n == model.config.num_hidden_layers
+    assert [[numel > 0 for numel in each] for each in held] == [[i > now for i in range(n)] for now in range(n)]
+
+
 def test_two_dtypes_share_a_mask() -> None:
     model: Any = tiny_model("qwen3", dtype=torch.float32)
     ids = text(PREFIX + CHUNK)[None]

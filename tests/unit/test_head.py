@@ -31,9 +31,12 @@ def states(seed: int, dtype: torch.dtype, bias: bool) -> tuple[Tensor, nn.Linear
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("piece", [3, 11, 1000])
-def test_loss_and_gradient_are_those_of_cross_entropy(piece: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_PIECE_TOKENS", piece)
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(3, 1), (11, 7), (1000, 7), (3, 1000), (1000, 1000)])
+def test_loss_and_gradient_are_those_of_cross_entropy(
+    tokens: int, vocabulary: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_PIECE_TOKENS", tokens)
+    monkeypatch.setattr(head_module, "_PIECE_VOCABULARY", vocabulary)
     monkeypatch.setattr(head_module, "_PIECE_ENTRIES", 1)
     hidden, head, targets = states(5, torch.float64, bias)
     weights = torch.rand(2, 13, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
@@ -52,6 +55,22 @@ def test_loss_and_gradient_are_those_of_cross_entropy(piece: int, bias: bool, mo
 def test_the_gradient_agrees_with_finite_differences() -> None:
     hidden, head, targets = states(7, torch.float64, True)
     assert torch.autograd.gradcheck(lambda h: head_nll(h, head, targets), hidden.requires_grad_())
+
+
+def test_words_that_a_bias_rules_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some backbones pad their vocabulary; a whole piece of it may have logits of -inf, also the first."""
+    monkeypatch.setattr(head_module, "_PIECE_VOCABULARY", 4)
+    monkeypatch.setattr(head_module, "_PIECE_ENTRIES", 1)
+    hidden, head, targets = states(8, torch.float64, True)
+    head.bias[:9] = head.bias[20:] = -torch.inf
+    targets = targets.where(targets == IGNORED, targets % 11 + 9)
+    found = [
+        (nll_of(hidden.requires_grad_()))
+        for nll_of in (lambda h: head_nll(h, head, targets), lambda h: token_nll(head(h), targets))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(nll.sum(), hidden)[0] for nll in found]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-14)
 
 
 def test_logits_far_beyond_the_exponentials_range() -> None:

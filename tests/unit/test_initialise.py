@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from families import D_FF, MAX_POSITIONS, MOE, VOCAB
+from families import D_FF, MAX_POSITIONS, MOE, VOCAB, tiny_model
 from helpers import START, same_bytes, snapshot, text
 from locas.attach import attached
 from locas.bank import ACTIVATIONS, Bank, Variant
@@ -257,6 +257,15 @@ def test_making_a_memory_changes_nothing_of_the_backbone(model_of: ModelOf, name
     model.eval()
     assert all(same_bytes(t, before[k]) for k, t in model.state_dict().items())
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("strategy", ["top-k", "activation"])
+def test_nobody_makes_logits_to_make_a_memory(strategy: Strategy) -> None:
+    model: Any = tiny_model("qwen3")
+    seen: list[object] = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: seen.append(_))
+    create_bank(model, text(N), InitSettings(init=strategy, rank=RANK), start_id=START)
+    assert not seen
 
 
 def test_activation_can_be_chosen(model_of: ModelOf) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from families import FAMILY_NAMES, tiny_model
 from helpers import memory_for, same_bytes, text
@@ -48,6 +50,17 @@ def test_every_familys_losses_and_gradients_are_the_same(
     assert grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gpt2"])
+def test_losses_and_gradients_in_bfloat16_are_the_same(name: str, wasteful: Callable[[], None]) -> None:
+    model = tiny_model(name).to(torch.bfloat16)
+    bank = memory_for(model)
+    lean_nll, lean_grad = learn(model, bank)
+    wasteful()
+    nll, grad = learn(model, bank)
+    assert same_bytes(lean_nll, nll)
+    assert same_bytes(lean_grad, grad)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gemma"])
 def test_less_is_kept(name: str, wasteful: Callable[[], None]) -> None:
     model, cpu = tiny_model(name), torch.device("cpu")
@@ -63,16 +76,46 @@ def test_less_is_kept(name: str, wasteful: Callable[[], None]) -> None:
 @pytest.mark.parametrize("act", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")])
 def test_an_activation_is_kept_as_its_input_and_made_again(act: Callable[[Tensor], Tensor]) -> None:
     gate = torch.linspace(-5, 5, 1013, dtype=torch.float64).requires_grad_()
-    made = act(gate)
-    packed = lean._pack(made)
-    assert isinstance(packed, tuple)
-    assert packed[1].data_ptr() == gate.data_ptr()
+    made, pack = act(gate), lean._Pack()
+    packed = pack(made)
+    assert isinstance(packed, partial)
+    assert packed.args[0].data_ptr() == gate.data_ptr()
     assert same_bytes(lean._unpack(packed), made)
     for other in (gate, gate.tanh()):
-        packed = lean._pack(other)
+        packed = pack(other)
         assert isinstance(packed, Tensor)
         assert packed.data_ptr() == other.data_ptr()
         assert lean._unpack(packed) is packed
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_wider_copy_is_kept_as_what_it_was_made_of(half: torch.dtype) -> None:
+    hidden = torch.linspace(-5, 5, 1013).to(half).requires_grad_() * 1
+    wider, pack = hidden.float(), lean._Pack()
+    packed = pack(wider)
+    assert isinstance(packed, partial)
+    assert packed.func.__self__.dtype == half
+    assert same_bytes(lean._unpack(packed), wider)
+    assert isinstance(pack(wider.mean().rsqrt()), Tensor)
+    assert pack(wider) is packed  # a norm keeps it for its square and, after that, for its product
+    narrower = (torch.linspace(0, 1, 1013).requires_grad_() * 1).to(half).float()
+    assert same_bytes(lean._unpack(pack(narrower)), narrower)
+    down = (torch.linspace(0, 1, 1013).requires_grad_() * 1).to(half)
+    assert isinstance(pack(down), Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_norms_output_is_made_again(dtype: torch.dtype, flat: bool) -> None:
+    norm = Qwen3RMSNorm(37).to(dtype).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    made = norm(torch.linspace(-5, 5, 370).view(1, 10, 37).to(dtype).requires_grad_() * 1)
+    made = made.view(10, 37) if flat else made
+    packed = lean._Pack()(made)
+    assert isinstance(packed, partial)
+    assert same_bytes(lean._unpack(packed), made)
+    trained = norm.requires_grad_()(torch.linspace(-5, 5, 370).view(1, 10, 37).to(dtype).requires_grad_() * 1)
+    assert isinstance(lean._Pack()(trained), Tensor)
 
 
 def test_a_graph_without_a_backward_pass_is_given_back(model_of: ModelOf) -> None:
