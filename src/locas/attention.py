@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from locas.cuda import kernels
+
 # What of attention a gradient goes through: all of it; its values only, the weights with which they are averaged being
 # constants; nothing: what attention adds to the hidden states is a constant.
 AttentionGradient = Literal["full", "values", "stop"]
 
 _DTYPES = (torch.float32, torch.float64)
 _DTYPES_OF_VALUES = (*_DTYPES, torch.bfloat16)
+_HALF = (torch.bfloat16, torch.float16)
 _LEAST = 64 * 512  # queries times context keys; for fewer, torch's own attention is as fast
 _ROWS = 128  # queries whose weights the backward pass holds at once
 _WORKSPACE = 1 << 20  # numbers that it holds at once, about: so many stay in a processor's cache
@@ -35,20 +38,23 @@ _WORKSPACE = 1 << 20  # numbers that it holds at once, about: so many stay in a 
 class ChunkAttention(TorchFunctionMode):
     """Inside, `scaled_dot_product_attention` looks at a mask of booleans once, not once a layer.
 
-    Where the mask is a chunk's, causal behind a context that all of it sees, on a CPU, in float32 or float64 (bfloat16
-    too where queries and keys need no gradients), attention is `chunk_attention`. Any other mask becomes 0 and -inf
-    once: torch's own attention would do the same in every layer, and autograd keep each.
+    Where the mask is a chunk's, causal behind a context that all of it sees, on a CPU in float32 or float64 (bfloat16
+    too where queries and keys need no gradients), on CUDA in bfloat16 or float16, attention is `chunk_attention`. Any
+    other mask becomes 0 and -inf once: torch's own attention would do the same in every layer, and autograd keep each.
 
     Args:
         gradient: see `AttentionGradient`. Outputs are the same.
+        known: what was seen of masks and keys on CUDA in earlier calls of the same model with no mask of the caller's:
+            there looking waits for the device, and what is seen depends on the shapes only. It is added to.
 
     Attributes:
         calls: how often attention was computed.
     """
 
-    def __init__(self, gradient: AttentionGradient = "full") -> None:
+    def __init__(self, gradient: AttentionGradient = "full", known: dict[Any, int | None] | None = None) -> None:
         super().__init__()
         self.gradient, self.calls = gradient, 0
+        self._known = {} if known is None else known
         self._seen: list[_Mask] = []  # a backbone may have several, for long and for short attention
 
     def __torch_function__(
@@ -77,13 +83,13 @@ class ChunkAttention(TorchFunctionMode):
             mask = self._look_at(attn_mask)
             plain = dropout_p == 0 and not is_causal and not enable_gqa
             if plain and mask.context is not None and _fits(query, key, value, attn_mask.shape[2:]):
-                return chunk_attention(query, key, value, mask.context, scale)
+                return chunk_attention(query, key, value, mask.context, scale, self._copies(key, value))
             attn_mask = mask.numbers(query.dtype)
         elif attn_mask is None and is_causal and dropout_p == 0 and self.gradient == "values" and value.requires_grad:
             # A text's first chunk: torch's own attention would keep all that its queries and keys need.
             each = [t.repeat_interleave(query.shape[1] // t.shape[1], 1) if enable_gqa else t for t in (key, value)]
             if _fits(query, each[0], each[1], (query.shape[2], query.shape[2])):
-                return chunk_attention(query, each[0], each[1], 0, scale)
+                return chunk_attention(query, each[0], each[1], 0, scale, self._copies(*each))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -92,8 +98,21 @@ class ChunkAttention(TorchFunctionMode):
         for seen in self._seen:
             if seen.is_of(mask):
                 return seen
-        self._seen.append(_Mask(mask))
+        which = ("mask", len(self._seen), mask.shape)
+        self._seen.append(_Mask(mask, self._look(which, mask, lambda: _context(mask))))
         return self._seen[-1]
+
+    def _copies(self, key: Tensor, value: Tensor) -> int:
+        if not value.requires_grad:
+            return 1
+        return self._look(("copies", self.calls, key.shape[1]), key, lambda: _copies(key)) or 1
+
+    def _look(self, which: tuple[Any, ...], at: Tensor, look: Callable[[], int | None]) -> int | None:
+        if not at.is_cuda:
+            return look()
+        if which not in self._known:
+            self._known[which] = look()
+        return self._known[which]
 
 
 class _Mask:
@@ -104,15 +123,9 @@ class _Mask:
             one.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self._mask = mask
+    def __init__(self, mask: Tensor, context: int | None) -> None:
+        self._mask, self.context = mask, context
         self._numbers: dict[torch.dtype, Tensor] = {}
-        self.context: int | None = None
-        if mask.dim() == 4 and mask.device.type == "cpu":
-            queries, keys = mask.shape[2:]
-            if 0 < queries < keys and queries * (keys - queries) >= _LEAST:
-                causal = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
-                self.context = keys - queries if torch.equal(mask, causal.expand_as(mask)) else None
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether this is what is known of `mask`, or of another tensor that shows the same numbers."""
@@ -127,35 +140,67 @@ class _Mask:
         return self._numbers[dtype]
 
 
+def _context(mask: Tensor) -> int | None:
+    """See `_Mask.context`."""
+    if mask.dim() != 4:
+        return None
+    queries, keys = mask.shape[2:]
+    if not 0 < queries < keys or queries * (keys - queries) < _LEAST:
+        return None
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_(keys - queries)
+    return keys - queries if torch.equal(mask, causal.expand_as(mask)) else None
+
+
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Sequence[int]) -> bool:
     """Whether `chunk_attention` can take them, beside a mask of so many queries and keys."""
+    if query.is_cuda:
+        takes: tuple[torch.dtype, ...] = _HALF if query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else ()
+    elif query.device.type == "cpu":
+        takes = _DTYPES if query.requires_grad or key.requires_grad else _DTYPES_OF_VALUES
+    else:
+        takes = ()
     return (
-        query.dtype in (_DTYPES if query.requires_grad or key.requires_grad else _DTYPES_OF_VALUES)
+        query.dtype in takes
         and query.dim() == 4
-        and all(t.device.type == "cpu" and t.dtype == query.dtype for t in (key, value))
+        and all(t.device == query.device and t.dtype == query.dtype for t in (key, value))
         and key.shape == value.shape == (*query.shape[:2], mask[1], query.shape[3])
         and query.shape[2] == mask[0]
     )
 
 
-def chunk_attention(query: Tensor, key: Tensor, value: Tensor, context: int, scale: float | None = None) -> Tensor:
+def chunk_attention(
+    query: Tensor, key: Tensor, value: Tensor, context: int, scale: float | None = None, copies: int | None = None
+) -> Tensor:
     """Attention whose first keys are seen by every query, and the others causally.
 
     Args:
-        query: [batch, heads, chunk, d_head] float32 or float64, on a CPU; also bfloat16 where neither it nor the key
-            needs a gradient. Then only the chunk's part of the values has a part in the backward pass.
+        query: [batch, heads, chunk, d_head]. On a CPU float32 or float64; also bfloat16 where neither it nor the key
+            needs a gradient. Then only the chunk's part of the values has a part in the backward pass. On CUDA bfloat16
+            or float16, d_head a multiple of 8 up to 256.
         key: [batch, heads, context + chunk, d_head]. The context's part gets no gradients (zeros).
         value: likewise.
         context: how many keys come before the chunk's; 1 or more, or 0 where neither query nor key needs a gradient.
         scale: of the products; None: 1 / sqrt(d_head).
+        copies: so many heads in a row have one key, as grouped queries do; None: found out by looking.
 
     Returns:
         [batch, heads, chunk, d_head].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    function = _ChunkAttention if query.requires_grad or key.requires_grad else _ChunkAverage
-    out: Tensor = function.apply(query, key, value, context, scale)
+    out: Tensor
+    if not (query.requires_grad or key.requires_grad):
+        copies = _copies(key) if copies is None and torch.is_grad_enabled() and value.requires_grad else copies
+        out = _ChunkAverage.apply(query, key, value, context, scale, copies or 1)
+    elif query.is_cuda:
+        out = _flash(query, key, value, scale)[0]  # the context gets gradients, too
+    else:
+        out = _ChunkAttention.apply(query, key, value, context, scale)
     return out
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Any:
+    """torch's kernel on CUDA; to it, causal means that the last query sees all keys."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -179,37 +224,64 @@ class _ChunkAverage(torch.autograd.Function):
     """Values averaged with weights that count as constants."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, context: int, scale: float) -> Tensor:
-        out, log_sum = _forward(query, key, value, context, scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, context: int, scale: float, copies: int) -> Tensor:
+        if query.is_cuda:
+            out, log_sum, *others = _flash(query, key, value, scale)
+            ctx.random = others[4:6]  # there is no dropout
+        else:
+            out, log_sum = _forward(query, key, value, context, scale)
         # A copy of the chunk's own: a view would hold the context's as well.
-        ctx.save_for_backward(query, _each_once(key[:, :, context:]).contiguous(), log_sum)
-        ctx.scale, ctx.shape = scale, value.shape
+        ctx.save_for_backward(query, key[:, ::copies, context:].contiguous(), log_sum)
+        ctx.scale, ctx.shape, ctx.copies = scale, value.shape, copies
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None, None]:
         query, key, log_sum = ctx.saved_tensors
-        chunk, grad_value = query.shape[2], grad.new_zeros(ctx.shape)
-        own, key = grad_value[:, :, -chunk:], key.to(log_sum.dtype)
-        for first in range(0, chunk, _ROWS):
-            last = min(first + _ROWS, chunk)
-            some = query[:, :, first:last].to(log_sum.dtype) * ctx.scale
-            # Queries that share a key stand one after another.
-            some = some.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-            weights = (some @ key[:, :, :last].mT).view(*query.shape[:2], last - first, last)
-            weights = weights.sub_(log_sum[:, :, first:last, None]).exp_()
-            weights[..., first:].tril_()
-            own[:, :, :last] += weights.to(grad.dtype).mT @ grad[:, :, first:last]
-        return None, None, grad_value, None, None
+        grad_value = grad.new_zeros(ctx.shape)
+        own = grad_value[:, :, -query.shape[2] :]
+        if not query.is_cuda:
+            _average_backward(grad, query, key.to(log_sum.dtype), log_sum, ctx.scale, own)
+        elif (fused := kernels()) is not None and query.shape[-1] in fused.HEAD_WIDTHS:
+            fused.values_gradient(grad, query, key, log_sum, ctx.scale, own)
+        else:
+            own.copy_(_flash_backward(grad, query, key.repeat_interleave(ctx.copies, 1), log_sum, ctx))
+        return None, None, grad_value, None, None, None
 
 
-def _each_once(heads: Tensor) -> Tensor:
-    """[batch, heads, seq, d_head] as [batch, heads / n, seq, d_head], n how often grouped queries had each copied."""
+def _average_backward(
+    grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, scale: float, grad_value: Tensor
+) -> None:
+    """Adds the gradient of a chunk's own values to `grad_value`, which holds zeros."""
+    chunk = query.shape[2]
+    for first in range(0, chunk, _ROWS):
+        last = min(first + _ROWS, chunk)
+        some = query[:, :, first:last].to(log_sum.dtype) * scale
+        # Queries that share a key stand one after another.
+        some = some.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        weights = (some @ key[:, :, :last].mT).view(*query.shape[:2], last - first, last)
+        weights = weights.sub_(log_sum[:, :, first:last, None]).exp_()
+        weights[..., first:].tril_()
+        grad_value[:, :, :last] += weights.to(grad.dtype).mT @ grad[:, :, first:last]
+
+
+def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, ctx: Any) -> Tensor:
+    """The gradient of a chunk's own values, with torch's kernel. It makes those of queries and keys as well, of what
+    stands in for output and values here; nobody looks at them."""
+    chunk = query.shape[2]
+    made: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, key, query, log_sum, None, None, chunk, chunk, 0.0, True, *ctx.random, scale=ctx.scale
+    )
+    return made[2]
+
+
+def _copies(heads: Tensor) -> int:
+    """How many heads of [batch, heads, seq, d_head] in a row are the same: keys that are copied for grouped queries."""
     for copies in range(heads.shape[1], 1, -1):
         if heads.shape[1] % copies == 0 and all(_repeats(some, copies) for some in (heads[:, :, -1:], heads)):
-            return heads[:, ::copies]
-    return heads
+            return copies
+    return 1
 
 
 def _repeats(heads: Tensor, copies: int) -> bool:

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from locas.cuda import is_captured, kernels
+
 Variant = Literal["glu", "mlp"]
 
 
@@ -205,6 +207,10 @@ class Bank:
         if by.absent is not None:
             # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
             a = a.masked_fill(by.absent, 0.0)
+        if onto is not None and by.tau is None and _is_token_on_cuda(a, onto):
+            fused = kernels()
+            if fused is not None and self.activation in fused.ACTIVATIONS:
+                return fused.read_token(a, by.keys, by.values, onto, self.activation)
         slots = self._gate(F.linear(a, by.keys) if by.keys.ndim == 2 else a @ by.keys.mT)
         return _add(onto, slots if by.tau is None else slots * by.tau, by.values)
 
@@ -234,9 +240,15 @@ class Bank:
         state = (versions, a.dtype, a.device, None if index is None and self.size == 1 else a.shape[0])
         kept = self._prepared.get(layer)
         if kept is None or kept[0] != state or kept[1] is not index:
+            if is_captured():  # what is made there belongs to the graph
+                return self._operands(layer, a, index, fold=True)
             made = _shared(self._operands(layer, a, index, fold=True), index)
             kept = self._prepared[layer] = (state, index, made)
         return kept[2]
+
+    def forget(self) -> None:
+        """Drops what is kept of the rows for reading, after a change that left no trace (a CUDA graph's)."""
+        self._prepared.clear()
 
     def _may_keep(self, index: Tensor | None) -> bool:
         """Whether operands can be kept: there are no gradients, and a change would be noticed."""
@@ -355,6 +367,19 @@ def _shared(by: _Operands, index: Tensor | None) -> _Operands:
         if absent is None or (one_keys.isfinite().all() and one_values.isfinite().all()):
             keys, values = one_keys, one_values
     return _Operands(keys, values, None, absent)
+
+
+def _is_token_on_cuda(a: Tensor, onto: Tensor) -> bool:
+    """Whether one token of each row is read, where launching kernels takes longer than their work."""
+    return (
+        a.is_cuda
+        and a.ndim == 3
+        and a.shape[1] == 1
+        and onto.device == a.device
+        and onto.dtype == a.dtype
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+    )
 
 
 def _add(onto: Tensor | None, slots: Tensor, values: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Curvature:
         self._sum = bank.rows.new_zeros(bank.size, bank.d_model, bank.d_model)
 
     @contextmanager
-    def watching(self, rows: Sequence[int]) -> Iterator[None]:
+    def watching(self, rows: Sequence[int]) -> Iterator[Tensor]:
         """Around forward passes whose batch row i reads memory rows[i]; inside `attached`, whose output it looks at."""
         where = torch.tensor(list(rows), device=self.bank.device)
 
@@ -48,7 +48,7 @@ class Curvature:
 
         handles = [site.exit.register_forward_hook(look) for site in self.sites.values()]
         try:
-            yield
+            yield where
         finally:
             for handle in handles:
                 handle.remove()
@@ -78,34 +78,35 @@ class Curvature:
     def _adder(self, where: Tensor) -> Callable[[Tensor], None]:
         def add(grad: Tensor) -> None:
             if self._gathering:
-                self._sum.index_add_(0, where, self._second_moments(grad.detach(), where.numel()))
+                self._add(where, grad.detach())
 
         return add
 
-    def _second_moments(self, grad: Tensor, rows: int) -> Tensor:
-        """[rows, d_model, d_model] of a gradient [rows (* seq), seq, d_model], mean eigenvalue 1 / layers, or 0."""
-        flat = grad.reshape(rows, -1, self.bank.d_model).to(self._sum.device)
-        moments = _squared(flat if _takes_half(flat) else flat.to(self._sum.dtype), self._sum.dtype)
+    def _add(self, where: Tensor, grad: Tensor) -> None:
+        """Adds the second moments of a gradient [rows (* seq), seq, d_model], of mean eigenvalue 1 / layers, or 0, to
+        those of the memories in `where` [rows]."""
+        flat = grad.reshape(where.numel(), -1, self.bank.d_model).to(self._sum.device)
+        moments = _squared(flat, self._sum.dtype)
         mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * len(self.sites)
-        return moments.div_(torch.where(mean == 0, 1.0, mean))
+        share = torch.where(mean == 0, 1.0, mean).reciprocal_()
+        if where.numel() == self._sum.shape[0]:  # all of them, in order
+            self._sum.addcmul_(moments, share)
+        else:
+            self._sum.index_add_(0, where, moments.mul_(share))
 
 
 def _squared(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x^T x of [n, tokens, d], times a power of four that keeps it within range, in `dtype`: [n, d, d]."""
+    """x^T x of [n, tokens, d], times what keeps it within range, in `dtype`: [n, d, d]."""
+    if x.is_cuda and x.element_size() == 2 and "dtype" in torch.ops.aten.bmm.overloads():  # torch 2.8
+        return torch.bmm(x.mT, x, out_dtype=dtype)  # which leaves float32's range where all entries are below 1e-19
+    x = x.to(dtype)
     n, _, d = x.shape
     exponent = x.abs().amax(dim=(-2, -1), keepdim=True).frexp().exponent
-    most = math.frexp(torch.finfo(x.dtype).max)[1] - 2
-    x = x * torch.ldexp(x.new_ones(n, 1, 1), -exponent.clamp(-most, most))
-    if x.dtype != dtype:
-        return torch.bmm(x.mT, x, out_dtype=dtype)
+    most = math.frexp(torch.finfo(dtype).max)[1] - 2
+    x = x * torch.ldexp(x.new_ones(n, 1, 1), -exponent.clamp(-most, most))  # a power of two changes no digit
     made = x.new_empty(n, d, d)
     for first in range(0, d, _BLOCK):  # what lies below the diagonal is copied from above it
         last = min(first + _BLOCK, d)
         torch.bmm(x[:, :, first:last].mT, x[:, :, first:], out=made[:, first:last, first:])
         made[:, last:, first:last] = made[:, first:last, last:].mT
     return made
-
-
-def _takes_half(x: Tensor) -> bool:
-    """Whether numbers of half the bits can be multiplied as they are, and summed up in float32: torch 2.8, CUDA."""
-    return x.is_cuda and x.element_size() == 2 and "dtype" in torch.ops.aten.bmm.overloads()

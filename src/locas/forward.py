@@ -27,6 +27,7 @@ from locas.sites import decoder_of
 _PROBE_TOKENS = 5
 _ROUNDING, _ROUNDING_LOW = 0.01, 0.05  # of a layer's output; positions that are absolute move it by 0.2 and more
 _TORCHS: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # by the attention that is set
+_SEEN: WeakKeyDictionary[nn.Module, dict[Any, int | None]] = WeakKeyDictionary()  # of its masks and keys, on CUDA
 _RELATIVE: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()  # what was found out, by reach
 
 
@@ -87,7 +88,10 @@ def chunk_nll(
     Returns:
         [batch, seq] float32 or better; 0 where the target is `IGNORED`.
     """
-    with ChunkAttention(gradient), recomputed() if torch.is_grad_enabled() else nullcontext():
+    with (
+        ChunkAttention(gradient, _SEEN.setdefault(model, {})),
+        recomputed() if torch.is_grad_enabled() else nullcontext(),
+    ):
         output = call(model if head is None else decoder(model), inputs, **prefix)
     return token_nll(output.logits, targets) if head is None else head_nll(output.last_hidden_state, head, targets)
 

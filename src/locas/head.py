@@ -20,7 +20,7 @@ IGNORED = -100  # a target that is not scored, as in torch's cross-entropy
 
 # A piece of logits has about so many entries, on a CPU and elsewhere (fewer, larger kernels), of so many tokens at most
 # and so much of the vocabulary at least: products of smaller ones are slow.
-_PIECE_ENTRIES, _PIECE_ENTRIES_OFF_CPU = 2**21, 2**24
+_PIECE_ENTRIES, _PIECE_ENTRIES_OFF_CPU = 2**21, 2**23
 _PIECE_TOKENS, _PIECE_VOCABULARY = 2048, 1024
 
 

@@ -18,8 +18,8 @@ This needs a backbone that knows positions by their distances only (rotary embed
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,9 +62,20 @@ class RecomputedPrefix:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def context(self, rows: list[int], prefix: Tensor, n_inputs: int) -> dict[str, Any]:
+    def given(self, rows: list[int], prefix: Tensor, n_inputs: int, ready: Callable[[], object]) -> list[Tensor]:
+        """See `KeptPrefix.given`."""
+        return [prefix]
+
+    def context(self, prefix: Tensor) -> dict[str, Any]:
         """See `KeptPrefix.context`."""
         return read_prefix(self.model, prefix)
+
+    def left(self, context: dict[str, Any]) -> list[Tensor]:
+        """None."""
+        return []
+
+    def open(self, left: Sequence[Tensor], lent: bool) -> None:
+        """Nothing."""
 
     def keep(self) -> None:
         """Nothing."""
@@ -114,36 +125,84 @@ class KeptPrefix:
         self.model, self.first, self.limit, self.chunk, self.refresh = model, first, limit, chunk, refresh
         self.sinks = max(ids.numel() for ids in first)
         self._kept: _Kept | None = None
-        self._open: tuple[Any, int, int, list[int], bool, list[Tensor]] | None = None
+        self._reading: _Kept | None = None  # what will be kept of the chunk that is being read
+        self._left: tuple[Sequence[Tensor], bool] = ((), False)
+        self._layers = 0  # of the context that is given, where sinks are
 
-    def context(self, rows: list[int], prefix: Tensor, n_inputs: int) -> dict[str, Any]:
-        """What the call with a chunk's tokens needs besides them.
+    def given(self, rows: list[int], prefix: Tensor, n_inputs: int, ready: Callable[[], object]) -> list[Tensor]:
+        """The tensors that `context` makes a chunk's context of: positions; by layer keys and values; of the sinks
+        likewise, or nothing.
 
         Args:
             rows: the documents that are read.
             prefix: [row, seq] the tokens of the window before the chunk, in case it is recomputed.
             n_inputs: tokens of the chunk.
+            ready: called before the model is.
         """
-        kept, past, sinks = self._kept, DynamicCache(), []
+        kept = self._kept
+        states: list[Tensor] = []
+        sinks: list[Tensor] = []
         if kept is None or kept.reads >= self.refresh:
             if prefix.shape[1]:
+                past = DynamicCache()
+                ready()
                 with torch.no_grad():
                     call(decoder(self.model), prefix, past_key_values=past, use_cache=True)
+                states = _states(past)
             first, reads, cut = prefix.shape[1], 0, False
         else:
-            if kept.cut and self.sinks:
-                sinks = [_pick(t, kept.rows, rows) for t in kept.sinks] if kept.sinks else self._read_sinks(rows, kept)
-            for layer, (k, v) in enumerate(zip(kept.keys, kept.values, strict=True)):
-                k, v = _pick(k, kept.rows, rows), _pick(v, kept.rows, rows)
-                if sinks:
-                    k[:, :, : self.sinks], v[:, :, : self.sinks] = sinks[2 * layer][:, 0], sinks[2 * layer + 1][:, 0]
-                past.update(k[:, :, :0], v[:, :, :0], layer)
-                past.layers[layer].keys, past.layers[layer].values = k, v  # not copied, as `update` would
-            sinks = [t[:, 1:] for t in sinks] if sinks and sinks[0].shape[1] > 1 else []
+            if kept.cut and self.sinks and kept.sinks:
+                sinks = [_pick(t, kept.rows, rows) for t in kept.sinks]
+            elif kept.cut and self.sinks:
+                ready()
+                sinks = self._read_sinks(rows, kept)
+            states = [_pick(t, kept.rows, rows) for pair in zip(kept.keys, kept.values, strict=True) for t in pair]
             first, reads, cut = kept.stop, kept.reads, kept.cut
-        self._open = (past, first + n_inputs, reads + 1, rows, cut, sinks)
-        positions = torch.arange(first, first + n_inputs, device=prefix.device)[None].expand(len(rows), -1)
+        now, later = [t[:, 0] for t in sinks], [t[:, 1:] for t in sinks if t.shape[1] > 1]
+        tokens = n_inputs + (states[0].shape[-2] if states else 0)
+        cut = cut or tokens > self.limit
+        self._reading = _Kept([], [], rows, first + n_inputs, reads + 1, cut, later)
+        self._layers = len(now)
+        positions = torch.arange(first, first + n_inputs, device=prefix.device).repeat(len(rows), 1)
+        return [positions, *states, *now]
+
+    def context(self, positions: Tensor, *states: Tensor) -> dict[str, Any]:
+        """What the call with a chunk's tokens needs besides them; sinks are written over what is to be dropped."""
+        sinks, states = (states[-self._layers :], states[: -self._layers]) if self._layers else ((), states)
+        for state, sink in zip(states, sinks, strict=False):
+            state[:, :, : self.sinks] = sink
+        past = DynamicCache()
+        for layer, (k, v) in enumerate(zip(states[::2], states[1::2], strict=True)):
+            past.update(k[:, :, :0], v[:, :, :0], layer)
+            past.layers[layer].keys, past.layers[layer].values = k, v  # not copied, as `update` would
+        for held in past.layers:
+            held.update = self._keeping(held)
         return {"past_key_values": past, "use_cache": True, "position_ids": positions}
+
+    def _keeping(self, layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What a cache's layer does when it gets new keys and values, which then keeps the last ones only: the layers
+        above need the room."""
+        update = layer.update
+
+        def last(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = update(*args, **kwargs)
+            layer.keys, layer.values = self._last(keys), self._last(values)
+            return keys, values
+
+        return last
+
+    def _last(self, states: Tensor) -> Tensor:
+        """Those of the last tokens; copied where some are dropped, so that these are freed."""
+        states = states.detach()
+        return states if states.shape[-2] <= self.limit else states[:, :, -self.limit :].clone()
+
+    def left(self, context: dict[str, Any]) -> list[Tensor]:
+        """What may be kept of a context that a chunk was read behind: by layer keys and values of the last tokens."""
+        return [self._last(t) for t in _states(context["past_key_values"])]
+
+    def open(self, left: Sequence[Tensor], lent: bool) -> None:
+        """Holds what `left` returned until `keep` keeps it, copied if it is only lent."""
+        self._left = left, lent
 
     def _read_sinks(self, rows: list[int], kept: _Kept) -> list[Tensor]:
         """Keys and values of the sinks, layer by layer, where the next chunks will look for them."""
@@ -161,22 +220,27 @@ class KeptPrefix:
                 use_cache=True,
                 position_ids=positions.repeat(len(rows), 1),
             )
-        return [t.unflatten(0, (len(rows), ahead)) for layer in _states(past) for t in layer]
+        return [t.unflatten(0, (len(rows), ahead)) for t in _states(past)]
 
     def keep(self) -> None:
         """Keeps what the last call left in its cache, for the next chunk."""
-        if self._open is None:
+        reading, (left, lent), before = self._reading, self._left, self._kept
+        self._reading, self._left = None, ((), False)
+        if reading is None or not left:
             return
-        past, stop, reads, rows, cut, sinks = self._open
-        self._open = None
-        first = max(0, past.get_seq_length() - self.limit)
-        # Copied, so that what is dropped is freed.
-        keys, values = ([t.detach()[:, :, first:].clone() for t in of] for of in zip(*_states(past), strict=True))
-        self._kept = _Kept(keys, values, rows, stop, reads, cut or first > 0, sinks)
+        if lent:
+            old = [] if before is None else [t for pair in zip(before.keys, before.values, strict=True) for t in pair]
+            if [t.shape for t in old] == [t.shape for t in left]:
+                torch._foreach_copy_(old, list(left))
+                left = old
+            else:
+                left = [t.clone() for t in left]
+        self._kept = replace(reading, keys=list(left[::2]), values=list(left[1::2]))
 
     def forget(self) -> None:
         """Recomputes the window at the next chunk."""
-        self._kept = self._open = None
+        self._kept = self._reading = None
+        self._left = ((), False)
 
     # ---------------------------------------------------------------- resuming
 
@@ -223,9 +287,9 @@ class KeptPrefix:
         self._kept = _Kept(keys, values, rows, stop, reads, bool(cut), sinks)
 
 
-def _states(past: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of a cache, layer by layer."""
-    return [(layer.keys, layer.values) for layer in past.layers]
+def _states(past: Any) -> list[Tensor]:
+    """Keys and values of a cache, by layer."""
+    return [t for layer in past.layers for t in (layer.keys, layer.values)]
 
 
 def _pick(tensor: Tensor, kept: list[int], rows: list[int]) -> Tensor:

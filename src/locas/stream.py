@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from locas.attention import AttentionGradient
 from locas.bank import Bank
 from locas.curvature import Curvature
 from locas.forward import IGNORED, attention_is_torchs, chunk_nll, device_of, find_head, frozen
+from locas.graphs import Graph, Stage, graphs_for
 from locas.initialise import empty_slots, fill_slots, stepwise_rows
 from locas.prefix import KeptPrefix, prefix_for
 from locas.read_settings import ReadSettings
@@ -109,7 +110,7 @@ class Reader:
         self.settings = settings
         self.start_id = start_id
         self.device = device_of(model)
-        self.documents = [d.to(self.device, torch.int64) for d in documents]
+        self.documents = [d.to("cpu", torch.int64) for d in documents]
         self.position = first_token
         self.on_failure = on_failure
         self.failed: dict[int, int] = {}
@@ -120,7 +121,15 @@ class Reader:
         self._attention_gradient = _possible(settings.attention_gradient, model) if learns else "full"
         everywhere = settings.start_in_every_window is not False
         self._layout = Layout(self.window_tokens, self.chunk_tokens, start_id, everywhere)
-        self._prefix = prefix_for(model, self.documents, self._layout, settings)
+        first = [d[: settings.sinks].to(self.device) for d in self.documents]
+        self._prefix = prefix_for(model, first, self._layout, settings)
+        together = bank is None or bank.device == self.device
+        self._graphs = graphs_for(model, self.device) if together else None
+        self._replayed: Graph | None = None  # the last score's
+        self._around = ExitStack()  # of a chunk, see `_ready`
+        self._alive: list[object] | None = None
+        self._last_share: tuple[Any, Tensor] = (None, torch.empty(0))
+        self._nobody = torch.zeros(0, dtype=torch.bool) if bank is None else bank.rows.new_zeros(bank.size).bool()
         self._to_fill = self._may_fill()
 
     # ---------------------------------------------------------------- reading
@@ -156,48 +165,107 @@ class Reader:
             raise ValueError("every document is read to its end")
         began = time.perf_counter()
         window = self.window()
-        bank = self.bank
-        if self.writer is not None and bank is not None:
-            bank.requires_grad_()
-        try:
-            with frozen(self.model), torch.set_grad_enabled(self.writer is not None):
-                if bank is None:
-                    nll, losses = self._score(window)
-                    self._check_finite(window, losses)
-                    undone = torch.zeros(len(window.rows), dtype=torch.bool)
-                    norms, filled = torch.full((len(window.rows),), torch.nan), [0] * len(window.rows)
-                else:
-                    index = None if bank.size == 1 else torch.tensor(window.rows)
-                    watched = self._curvature.watching(window.rows) if self._curvature is not None else nullcontext()
-                    with attached(self.model, bank, index), watched:
-                        nll, norms, filled, undone = self._score_and_write(window)
+        with ExitStack() as self._around, torch.set_grad_enabled(self.writer is not None):
+            self._alive = None
+            if self.bank is None:
+                nll, losses = self._score(window)
+                self._check_finite(window, losses)
+                written = None
+            else:
+                nll, *written = self._score_and_write(window)
             self._prefix.keep()
-        finally:
-            if bank is not None:
-                bank.requires_grad_(False)
         self.position = window.start + self.chunk_tokens
-        return self._records(window, nll, norms, filled, undone, time.perf_counter() - began)
+        return self._records(window, nll, written, time.perf_counter() - began)
+
+    def _ready(self, window: Window) -> list[object]:
+        """Before the model is called: until the chunk is over it is frozen, and the memory attached. Returns what the
+        passes use besides their inputs."""
+        if self._alive is not None:
+            return self._alive
+        enter, bank = self._around.enter_context, self.bank
+        self._alive = [enter(frozen(self.model))]
+        if bank is not None:
+            if self.writer is not None:
+                bank.requires_grad_()
+                self._around.callback(bank.requires_grad_, False)
+            index = None if bank.size == 1 else torch.tensor(window.rows)
+            self._alive.append(enter(attached(self.model, bank, index)))
+            if self._curvature is not None:
+                self._alive.append(enter(self._curvature.watching(window.rows)))
+        return self._alive
 
     def window(self) -> Window:
         """The next chunk as the model will get it; baselines learn from it in their own way."""
-        return self._layout.window(self.documents, self._unread(), self.position)
+        return self._layout.window(self.documents, self._unread(), self.position, self.device)
 
     def _score(self, window: Window) -> tuple[Tensor, Tensor]:
         """Each target's loss [live, chunk], and each document's mean loss [live]."""
         if window.targets.shape[1] == 0:
             return window.targets.new_zeros(window.targets.shape, dtype=torch.float32), torch.zeros(len(window.rows))
         before, inputs = window.inputs.tensor_split([window.prefix_tokens], dim=1)
-        prefix = self._prefix.context(window.rows, before, inputs.shape[1])
-        nll = chunk_nll(self.model, inputs, window.targets, prefix, self._head, self._attention_gradient)
-        counts = (window.targets != IGNORED).sum(dim=1).clamp(min=1)
-        return nll, nll.sum(dim=1) / counts
+
+        def ready() -> object:
+            return self._ready(window)
+
+        def ready_to_capture() -> object:
+            if self.bank is not None:
+                self.bank.forget()  # what is kept for reading would be taken for what never changes
+            if self.writer is not None:
+                self.writer.pin()
+            return ready()
+
+        given = [inputs, window.targets, *self._prefix.given(window.rows, before, inputs.shape[1], ready)]
+        self._replayed = None
+        if self._graphs is not None:
+            share = given[:0] if self.writer is None else [self._share(window)]
+            self._replayed = self._graphs.run(tuple(window.rows), [*share, *given], self._stages(), ready_to_capture)
+        if self._replayed is not None:
+            nll, losses, *left = self._replayed.made
+            self._prefix.open(left, lent=True)
+            return nll.clone(), losses
+        ready()
+        nll, losses, *left = self._pass(*given)
+        self._prefix.open(left, lent=False)
+        return nll, losses
+
+    def _stages(self) -> list[Stage]:
+        """Scoring, the gradient and the write, as they are captured."""
+        writer = self.writer
+        if writer is None:
+            return [lambda inputs, _: self._pass(*inputs)]
+
+        def write(inputs: Sequence[Tensor], made: Any) -> Tensor:
+            return writer.write(made[0], inputs[0], made[1])
+
+        stages: list[Stage] = [
+            lambda inputs, _: self._pass(*inputs[1:]),
+            lambda inputs, made: self._backward(made[1], inputs[0]),
+        ]
+        return stages if writer.bank.frozen.any() else [*stages, write]
+
+    def _pass(self, inputs: Tensor, targets: Tensor, *given: Tensor) -> list[Tensor]:
+        """Each target's loss, each document's mean loss, and what the prefix may keep."""
+        context = self._prefix.context(*given)
+        nll = chunk_nll(self.model, inputs, targets, context, self._head, self._attention_gradient)
+        counts = (targets != IGNORED).sum(dim=1).clamp(min=1)
+        return [nll, nll.sum(dim=1) / counts, *self._prefix.left(context)]
 
     def _score_and_write(self, window: Window) -> tuple[Tensor, Tensor, list[int], Tensor]:
+        """The targets' losses; of the bank's memories the first gradient's norm, NaN where there was none; how many
+        slots each live document filled; and, [bank] bool, whose write was undone."""
+        assert self.bank is not None
         nll, losses, undone = self._score_finite(window)
-        scored = nll.detach()
-        norms, filled = torch.full((len(window.rows),), torch.nan), [0] * len(window.rows)
+        scored, filled = nll.detach(), [0] * len(window.rows)
+        whole = self.settings.steps == 1 and not self._to_fill and not self.bank.frozen.any()
+        if self._replayed is not None and self.writer is not None and whole and undone is self._nobody:
+            self.writer.pin()
+            grad, _ = self._replayed.go_on()
+            norms, undone = _norms(grad), self._replayed.go_on()
+            self.bank.forget()
+            return scored, norms, filled, undone
+        norms = self.bank.tau.new_full((self.bank.size,), torch.nan)
         if self.writer is None or window.targets.shape[1] == 0:
-            return scored, norms, filled, undone[window.rows]
+            return scored, norms, filled, undone
         live, filling = self._live(window), self._filling(window)
         for step in range(self.settings.steps):
             # Filling slots stands for the first gradient step, for the memories that have room.
@@ -208,17 +276,19 @@ class Reader:
                     undone = undone | bad
                 grad, curvature = self._gradient(window, losses)
                 # The first gradient step is number 1 for those that filled slots, else number 0.
-                norms = torch.where((active & (filling == step))[window.rows].cpu(), _norms(grad, window.rows), norms)
+                norms = torch.where(active & (filling == step), _norms(grad), norms)
                 undone = undone | self.writer.write(grad, active * self._share(window), curvature)
             if step == 0 and filling.any():
                 filled, bad = self._fill(window, scored, filling)
                 undone = undone | bad
-        return scored, norms, filled, undone[window.rows]
+        return scored, norms, filled, undone
 
     def _score_finite(self, window: Window) -> tuple[Tensor, Tensor, Tensor]:
         """Scores; where a loss is not finite, takes those memories' last write back and scores once more. With the
         memories that this happened to, [bank]."""
         nll, losses = self._score(window)
+        if all(math.isfinite(loss) for loss in losses.tolist()):
+            return nll, losses, self._nobody
         bad = self._scatter(window, ~losses.detach().isfinite())
         bad[list(self.failed)] = False  # dropped earlier in this chunk
         if bad.any():
@@ -247,14 +317,17 @@ class Reader:
 
     def _gradient(self, window: Window, losses: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The gradient, and where it is asked for the curvature with its tokens (see `Writer.write`)."""
+        if self._replayed is not None:
+            return self._replayed.go_on()
+        return self._backward(losses, self._share(window))
+
+    def _backward(self, losses: Tensor, share: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         assert self.bank is not None
         assert self.bank.grad is not None
         self.bank.grad.zero_()
         with self._curvature.gathering() if self._curvature is not None else nullcontext():
             losses.sum().backward(inputs=self.bank.leaves())
-        if self._curvature is None:
-            return self.bank.grad, None
-        return self.bank.grad, self._curvature.take(self._share(window) * self.chunk_tokens)
+        return self.bank.grad, None if self._curvature is None else self._curvature.take(share * self.chunk_tokens)
 
     def _filling(self, window: Window) -> Tensor:
         """[bank] the memories whose empty slots this chunk fills."""
@@ -286,10 +359,13 @@ class Reader:
         """[bank] how much of a full chunk each document's stretch is, by which its step is scaled."""
         writer = self.writer
         assert writer is not None
-        share = torch.zeros(writer.bank.size, dtype=torch.float64)
         counts = [max(0, stop - window.first_target) for stop in window.stops]
-        share[window.rows] = torch.tensor(counts, dtype=torch.float64) / self.chunk_tokens
-        return share.to(writer.bank.device)
+        key = (tuple(window.rows), tuple(counts))
+        if self._last_share[0] != key:
+            share = torch.zeros(writer.bank.size, dtype=torch.float64)
+            share[window.rows] = torch.tensor(counts, dtype=torch.float64) / self.chunk_tokens
+            self._last_share = (key, share.to(writer.bank.device))
+        return self._last_share[1]
 
     def _live(self, window: Window) -> Tensor:
         """[bank] the memories that have something to learn from this chunk."""
@@ -304,27 +380,32 @@ class Reader:
         out[window.rows] = flags.to(self.bank.device)
         return out
 
-    def _records(
-        self, window: Window, nll: Tensor, norms: Tensor, filled: list[int], undone: Tensor, seconds: float
-    ) -> list[ChunkRecord | None]:
+    def _records(self, window: Window, nll: Tensor, written: Any, seconds: float) -> list[ChunkRecord | None]:
+        """written: what `_score_and_write` returned besides the losses; None without a memory."""
         records: list[ChunkRecord | None] = [None] * len(self.documents)
+        scored, bank, filled = nll.float().cpu(), self.bank, [0] * len(window.rows)
+        numbers = [[math.nan, math.nan, 0.0, 1.0]] * len(self.documents)
+        if bank is not None:
+            norms, filled, undone = written
+            scale = torch.ones_like(norms) if self.writer is None else self.writer.scale
+            each = (norms, bank.rows.norm(dim=-1).mean(dim=-1), undone, scale)
+            numbers = torch.stack([t.to(torch.float64) for t in each], dim=1).tolist()
         for i, (row, stop) in enumerate(zip(window.rows, window.stops, strict=True)):
             if row in self.failed:
                 continue
             scores = torch.full((stop - window.start,), torch.nan)
-            skipped = window.first_target - window.start
-            scores[skipped:] = nll[i, : max(0, stop - window.first_target)].float().cpu()
-            bank, writer = self.bank, self.writer
+            scores[window.first_target - window.start :] = scored[i, : max(0, stop - window.first_target)]
+            grad_norm, row_norm, was_undone, step_scale = numbers[row]
             records[row] = ChunkRecord(
                 start=window.start,
                 stop=stop,
                 nll=scores,
                 seconds=seconds,
-                grad_norm=float(norms[i]),
-                row_norm=float(bank.rows[row].norm(dim=-1).mean()) if bank is not None else float("nan"),
+                grad_norm=grad_norm,
+                row_norm=row_norm,
                 filled=filled[i],
-                undone=bool(undone[i]),
-                step_scale=float(writer.scale[row]) if writer is not None else 1.0,
+                undone=bool(was_undone),
+                step_scale=step_scale,
             )
         return records
 
@@ -399,5 +480,5 @@ def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _norms(grad: Tensor, rows: list[int]) -> Tensor:
-    return grad[rows].flatten(1).norm(dim=1).cpu()
+def _norms(grad: Tensor) -> Tensor:
+    return grad.flatten(1).norm(dim=1)

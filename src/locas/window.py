@@ -40,13 +40,16 @@ class Layout:
     start_id: int | None
     start_in_every_window: bool
 
-    def window(self, documents: Sequence[Tensor], rows: list[int], start: int) -> Window:
+    def window(
+        self, documents: Sequence[Tensor], rows: list[int], start: int, device: torch.device | str | None = None
+    ) -> Window:
         """The chunk that begins at token `start` of the documents in `rows`, with its context.
 
         Args:
             documents: [n] token ids each.
             rows: those that are longer than `start`.
             start: 0 or more.
+            device: of the window's tensors; None: the documents'.
         """
         stops = [min(start + self.chunk_tokens, documents[i].numel()) for i in rows]
         stop = max(stops)
@@ -55,16 +58,17 @@ class Layout:
         left = max(0, start + self.chunk_tokens - (self.window_tokens - starts_here))
         lead = [] if self.start_id is None or (left > 0 and not starts_here) else [self.start_id]
         first_target = start if (start > left or lead) else start + 1
-        device = documents[rows[0]].device
-        inputs = torch.zeros(len(rows), len(lead) + stop - 1 - left, dtype=torch.int64, device=device)
-        targets = torch.full((len(rows), stop - first_target), IGNORED, dtype=torch.int64, device=device)
+        lies = documents[rows[0]].device
+        inputs = torch.zeros(len(rows), len(lead) + stop - 1 - left, dtype=torch.int64, device=lies)
+        targets = torch.full((len(rows), stop - first_target), IGNORED, dtype=torch.int64, device=lies)
         for i, (row, end) in enumerate(zip(rows, stops, strict=True)):
             document = documents[row]
             inputs[i, : len(lead)] = torch.tensor(lead)
             inputs[i, len(lead) : len(lead) + end - 1 - left] = document[left : end - 1]
             targets[i, : max(0, end - first_target)] = document[first_target:end]
         prefix = max(0, len(lead) + first_target - 1 - left)
-        return Window(start, rows, stops, inputs, targets, prefix, first_target)
+        device = lies if device is None else device
+        return Window(start, rows, stops, inputs.to(device), targets.to(device), prefix, first_target)
 
 
 def check_documents(

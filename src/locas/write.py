@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from locas.bank import Bank
+from locas.cuda import is_captured, perhaps
 
 Rule = Literal["muon", "adamw"]
 
@@ -111,6 +112,7 @@ class Writer:
             self.curvature = bank.rows.new_zeros(bank.size, bank.d_model, bank.d_model)
         self.seen = torch.zeros(bank.size, dtype=torch.float64, device=bank.device)
         self._before: list[Tensor] | None = None
+        self._pinned: list[Tensor] | None = None
 
     def live(self) -> list[Tensor]:
         """What an undone write takes back."""
@@ -135,7 +137,7 @@ class Writer:
         finite = _all_finite(grad)
         if curvature is not None:
             finite &= _all_finite(curvature[0])
-        if not finite.all():
+        if perhaps(~finite):
             grad = torch.where(finite[:, None, None], grad, 0.0)
         if curvature is not None and self.curvature is not None:
             self.curvature.add_(torch.where(finite[:, None, None], curvature[0], 0.0))
@@ -154,11 +156,10 @@ class Writer:
             self.bank.rows.copy_(torch.where(frozen[..., None], now[0], self.bank.rows))
         finite &= _all_finite(self.bank.rows)
         done = active & finite
-        if done.all():
-            self._before = now
-        else:
+        if perhaps(~done):
             self._restore(~done, now)
-            self._before = now if self._before is None else _mix(done, now, self._before)
+            now = now if self._before is None else _mix(done, now, self._before)
+        self._keep(now)
         failed = active & ~finite
         self._halve(failed)
         return failed
@@ -178,6 +179,22 @@ class Writer:
         if self._before is not None:
             self._restore(which, self._before)
         self._halve(which)
+
+    def pin(self) -> None:
+        """Before a write that is captured, and before each replay of it: what `undo` goes back to lies in one place."""
+        before = self.live() if self._before is None else self._before
+        if self._pinned is None:
+            self._pinned = [t.clone() for t in before]
+        elif self._before is not self._pinned:
+            torch._foreach_copy_(self._pinned, before)
+        self._before = self._pinned
+
+    def _keep(self, before: list[Tensor]) -> None:
+        if is_captured():
+            assert self._before is not None
+            torch._foreach_copy_(self._before, before)
+        else:
+            self._before = before
 
     def _restore(self, which: Tensor, before: list[Tensor]) -> None:
         for live, mixed in zip(self.live(), _mix(which, before, self.live()), strict=True):
@@ -225,18 +242,21 @@ class Writer:
     def _inverse_curvature(self) -> Callable[[Tensor], Tensor] | None:
         """x [bank, ..., d_model] to x C^-1, C the damped mean curvature of what each memory has read so far."""
         damping = self.settings.damping
-        if self.curvature is None or damping is None or not bool(self.seen.any()):
+        if self.curvature is None or damping is None or not perhaps(self.seen > 0):
             return None
         # Of few tokens little is known: it counts as if some for each dimension had been seen that prefer no direction.
         evenly = PRIOR_TOKENS * self.bank.d_model + damping * self.seen
         damped = self.curvature + torch.diag_embed(
             evenly.to(self.curvature.dtype)[:, None].expand(-1, self.bank.d_model)
         )
-        factor = torch.linalg.cholesky_ex(damped)[0]
+        # On CUDA one by one: what torch calls for several at once cannot be captured.
+        each = damped.split(1) if damped.is_cuda else [damped]
+        factors = [torch.linalg.cholesky_ex(some)[0] for some in each]
 
         def solve(x: Tensor) -> Tensor:
-            flat = x.flatten(1, -2)
-            return torch.cholesky_solve(flat.mT, factor).mT.reshape(x.shape)
+            flat = x.flatten(1, -2).mT
+            parts = zip(flat.split(factors[0].shape[0]), factors, strict=True)
+            return torch.cat([torch.cholesky_solve(part, factor) for part, factor in parts]).mT.reshape(x.shape)
 
         return solve
 

@@ -138,7 +138,8 @@ def test_cuda_logits_are_those_of_the_cpu(name: str, index: list[int] | None) ->
     for own in (bank, bank.to("cuda")):  # rows are brought to the model where they lie elsewhere
         with attached(model, own, index) as attachment:
             assert attachment.index is None or attachment.index.device.type == "cuda"
-            torch.testing.assert_close(logits_of(model, ids.cuda()).cpu(), expected, rtol=1e-9, atol=1e-9)
+            # Rotary angles are float32 numbers of another kernel, also in a float64 model.
+            torch.testing.assert_close(logits_of(model, ids.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_cuda

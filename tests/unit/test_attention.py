@@ -92,9 +92,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The contexts that `chunk_attention` was called with; small ones are taken too."""
     made: list[int] = []
 
-    def count(query: Tensor, key: Tensor, value: Tensor, context: int, scale: float | None = None) -> Tensor:
+    def count(query: Tensor, key: Tensor, value: Tensor, context: int, *more: Any) -> Tensor:
         made.append(context)
-        return chunk_attention(query, key, value, context, scale)
+        return chunk_attention(query, key, value, context, *more)
 
     monkeypatch.setattr(attention, "chunk_attention", count)
     monkeypatch.setattr(attention, "_LEAST", 1)

@@ -6,8 +6,9 @@ over_lengths(backbone, BenchSettings(), (10_000, 1_000_000), reuse=True)["100000
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,22 +58,66 @@ def over_memories(
 def _generating(
     backbone: Backbone, settings: BenchSettings, bank: Bank, ids: Tensor, rows: int, on_round: OnRound
 ) -> Timing:
-    step, first = (_decoder(backbone, ids, rows, n) for n in (settings.generated, 1))
     own = bank if rows == 1 else Bank.stack([bank] * rows)
     index = None if rows == 1 else list(reversed(range(rows)))
+
+    def with_memory() -> AbstractContextManager[object]:
+        return attached(backbone.model, own, index)
+
+    if device_of(backbone.model).type == "cuda":
+        work = {
+            name: _replayed(backbone, ids, rows, settings.generated, memory)
+            for name, memory in (("plain", nullcontext), ("memory", with_memory))
+        }
+        return side_by_side(work, settings, device_of(backbone.model), on_round)["memory"]
+    step, first = (_decoder(backbone, ids, rows, n) for n in (settings.generated, 1))
     plain, memory = [], []
     for number in range(settings.warmup + settings.rounds):
         # Which goes first changes from round to round: the second finds the processor's caches warm.
         took = {}
-        for with_memory in (True, False) if number % 2 else (False, True):
-            with attached(backbone.model, own, index) if with_memory else nullcontext():
+        for learnt in (True, False) if number % 2 else (False, True):
+            with with_memory() if learnt else nullcontext():
                 first()  # what a memory needs once, its rows gathered and cast, belongs to no token
-                took[with_memory] = timed(step, device_of(backbone.model))
+                took[learnt] = timed(step, device_of(backbone.model))
         if number >= settings.warmup:
             plain.append(took[False])
             memory.append(took[True])
         on_round()
     return Timing(memory, plain)
+
+
+def _replayed(
+    backbone: Backbone, ids: Tensor, rows: int, tokens: int, memory: Callable[[], AbstractContextManager[object]]
+) -> Callable[[], None]:
+    """As `_decoder`, without the prompt's time, and each token one CUDA graph over a static cache: as engines, and
+    `generate(cache_implementation="static")`, do it. Launched one by one, kernels would take as long as the host."""
+    from transformers import StaticCache
+
+    model, prompt = backbone.model, ids[:_PROMPT_TOKENS].expand(rows, -1)
+    past: Any = StaticCache(config=model.config, max_cache_len=_PROMPT_TOKENS + tokens + 4)
+    last, graph, stream = prompt[:, -1:].clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def token() -> None:
+        last.copy_(model(last, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1))
+
+    with memory() as alive, torch.no_grad(), frozen(model):
+        model(prompt[:, :-1], past_key_values=past, use_cache=True, logits_to_keep=1)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                token()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            token()
+
+    def step(_alive: object = alive) -> None:
+        for layer in past.layers:
+            layer.cumulative_length.fill_(_PROMPT_TOKENS - 1)
+        last.copy_(prompt[:, -1:])
+        for _ in range(tokens):
+            graph.replay()
+
+    return step
 
 
 def _decoder(backbone: Backbone, ids: Tensor, rows: int, tokens: int) -> Callable[[], None]:

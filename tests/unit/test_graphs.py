@@ -1,0 +1,205 @@
+"""CUDA graphs: when chunks are captured, and that what is replayed is what would have run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from families import tiny_model
+from helpers import START, same_bytes, text
+from locas import graphs, stream
+from locas.attention import chunk_attention
+from locas.bank import Bank
+from locas.graphs import Graphs, graphs_for
+from locas.initialise import InitSettings, create_bank
+from locas.stream import Reader, ReadSettings
+from locas.write import WriteSettings
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+STAGES = [lambda inputs, _: inputs[0] + 1, lambda inputs, made: made * inputs[0]]
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes that were captured; "replaying" computes, as there need be no GPU here."""
+    made: list[torch.Size] = []
+
+    class Computed:
+        def __init__(self, key: object, inputs: Any, stages: Any, alive: object) -> None:
+            assert alive == "alive"
+            made.append(inputs[0].shape)
+            self.key, self._stages = key, stages
+
+        def replay(self, inputs: Any) -> None:
+            self.made = self._stages[0](inputs, None)
+
+    monkeypatch.setattr(graphs, "Graph", Computed)
+    monkeypatch.setattr(graphs, "_random_state", lambda: None)
+    return made
+
+
+def test_the_second_of_one_shape_is_captured_and_others_between_do_not_end_it(captured: list[torch.Size]) -> None:
+    own = Graphs()
+
+    def run(n: int, key: object = 0) -> bool:
+        x = torch.arange(n)
+        graph = own.run(key, [x], STAGES, lambda: "alive")
+        assert graph is None or torch.equal(graph.made, x + 1)
+        return graph is not None
+
+    assert [run(n) for n in (3, 4, 5, 4, 4, 3, 4, 5)] == [False, False, False, True, True, False, True, False]
+    assert captured == [(4,)]
+    assert [run(5), run(5), run(4)] == [True, True, False]
+    assert [run(4, key=1) for _ in range(3)] == [False, True, True]
+    assert captured == [(4,), (5,), (4,)]
+    assert own.replayed == 7
+
+
+def test_what_cannot_be_captured_is_run_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphs, "Graph", fail)
+    monkeypatch.setattr(graphs, "_random_state", lambda: None)
+    put_back: list[object] = []
+    monkeypatch.setattr(graphs, "_put_back", put_back.append)
+    own = Graphs()
+    with pytest.warns(UserWarning, match="without CUDA graphs, kernel by kernel: operation not permitted when stream"):
+        assert [own.run(0, [torch.zeros(3)], STAGES, lambda: None) for _ in range(3)] == [None] * 3
+    assert put_back == [None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert own.run(0, [torch.zeros(3)], STAGES, lambda: None) is None
+
+
+def test_nothing_is_captured_without_cuda() -> None:
+    assert graphs_for(tiny_model("qwen3"), torch.device("cpu")) is None
+
+
+# -------------------------------------------------------------------- CUDA
+
+
+@pytest.fixture
+def kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Turns graphs off."""
+    return lambda: monkeypatch.setattr(stream, "graphs_for", lambda *_: None)
+
+
+def read(documents: int, spoil: int | None = None, **how: Any) -> tuple[Tensor, Bank | None, Reader]:
+    model = tiny_model("qwen3", dtype=torch.float32).to("cuda")
+    ids = [text(150, seed=i).cuda() for i in range(documents)]
+    one = create_bank(model, ids[0][:40], InitSettings(rank=5), start_id=START)
+    bank = Bank.stack([one] * documents) if documents > 1 else one
+    learn = how.pop("learn", True)
+    settings = ReadSettings(window=40, chunk=16, write=WriteSettings(**how.pop("write", {"damping": 0.3})), **how)
+    reader = Reader(model, bank, ids, settings, start_id=START, learn=learn)
+    nll: list[Tensor] = []
+    undone = 0
+    while not reader.done:
+        if len(nll) == spoil:
+            bank.rows[-1].fill_(torch.inf)
+        records = [record for record in reader.next_chunk() if record is not None]
+        nll.append(torch.cat([record.nll for record in records]))
+        undone += sum(record.undone for record in records)
+    assert undone == (spoil is not None)
+    return torch.cat(nll), bank, reader
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("documents", "how"),
+    [
+        (1, {"reuse": False}),
+        (1, {"reuse": True}),
+        (1, {"reuse": True, "refresh": 3}),
+        (3, {"reuse": False}),
+        (3, {"reuse": True}),
+        (1, {"reuse": False, "spoil": 6}),
+        (3, {"reuse": True, "spoil": 6}),
+        (1, {"reuse": False, "steps": 2}),
+        (1, {"reuse": False, "attention_gradient": "values"}),
+        (1, {"reuse": False, "write": {"rule": "adamw", "lr": 0.01}}),
+        (1, {"reuse": False, "learn": False}),
+        (3, {"reuse": True, "learn": False}),
+    ],
+)
+def test_replayed_chunks_are_what_would_have_run_on_cuda(
+    documents: int, how: dict[str, Any], kernel_by_kernel: Callable[[], None]
+) -> None:
+    found, bank, reader = read(documents, **how)
+    assert reader._graphs is not None
+    assert reader._graphs.replayed > 2
+    kernel_by_kernel()
+    expected, other, reader = read(documents, **how)
+    assert reader._graphs is None
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(bank.rows, other.rows, rtol=1e-2, atol=1e-4)
+
+
+@needs_cuda
+def test_what_cannot_be_captured_leaves_cuda_as_it_was() -> None:
+    own, x = Graphs(), torch.ones(3, device="cuda")
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        found = [own.run(0, [x], [lambda inputs, _: inputs[0].sum().item()], lambda: None) for _ in range(4)]
+    assert found == [None] * 4
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert x.sum().item() == 3
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"])
+@pytest.mark.parametrize(("variant", "rank", "d_model", "index"), [
+    ("glu", 64, 96, None), ("mlp", 3, 1030, None), ("glu", 5, 70, [2, -1, 0, 0]), ("glu", 1, 64, [-1, -1, -1, -1]),
+])  # fmt: skip
+def test_a_tokens_memory_in_two_kernels(
+    dtype: torch.dtype, activation: str, variant: Any, rank: int, d_model: int, index: list[int] | None
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    bank = Bank(variant, activation, d_model, {0: rank}, size=1 if index is None else 3)
+    bank.rows.copy_(torch.randn(bank.rows.shape, generator=g) / d_model**0.5)
+    bank.tau.fill_(0.7)
+    bank = bank.to("cuda")
+    a, onto = (torch.randn(4, 1, d_model, generator=g).to("cuda", dtype) for _ in range(2))
+    at = None if index is None else torch.tensor(index, device="cuda")
+    with torch.no_grad():
+        found = bank.read(0, a, at, onto)
+        expected = bank.to(dtype=torch.float64).read(0, a.double(), at, onto.double())
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert index is None or same_bytes(found[1].cpu(), onto[1].cpu())
+
+
+@needs_cuda
+@pytest.mark.parametrize(("context", "full"), [(0, False), (300, False), (300, True)])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("width", [32, 40, 128])
+def test_a_chunks_attention_on_cuda(context: int, copies: int, full: bool, width: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, n, width, generator=g, dtype=torch.float64)
+        for heads, n in ((4, 200), (4 // copies, context + 200), (4 // copies, context + 200))
+    )
+    key, value = (t.repeat_interleave(copies, 1) for t in (key, value))
+    towards = torch.randn(query.shape, generator=g, dtype=torch.float64)
+    mask = torch.ones(200, context + 200, dtype=torch.bool).tril(context)
+    inputs = [query.requires_grad_(full), key.requires_grad_(full), value.requires_grad_()]
+    expected = F.scaled_dot_product_attention(query, key, value, mask)
+    wanted = torch.autograd.grad(expected, [t for t in inputs if t.requires_grad], towards)
+    half = [t.detach().to("cuda", torch.bfloat16).requires_grad_(t.requires_grad) for t in inputs]
+    out = chunk_attention(*half, context)
+    grads = torch.autograd.grad(out, [t for t in half if t.requires_grad], towards.to(out))
+    for x, y in zip((out, *grads), (expected, *wanted), strict=True):
+        x, y = x.detach().cpu().double(), y.detach()
+        if x.shape[2] > 200 and not full:
+            x, y = x[:, :, context:], y[:, :, context:]
+        assert (x - y).norm() < 0.01 * y.norm()
