@@ -114,6 +114,7 @@ def _emptying(layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     update = layer.update
 
     def last(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        del layer.update  # which holds it: it would outlive its use
         keys, values = update(*args, **kwargs)
         layer.keys, layer.values = keys.new_empty(0), values.new_empty(0)
         return keys, values

@@ -36,7 +36,7 @@ class Graphs:
         self._off = False
 
     def run(
-        self, key: Hashable, inputs: Sequence[Tensor], stages: Sequence[Stage], ready: Callable[[], object]
+        self, key: Hashable, inputs: Sequence[Tensor], stages: Sequence[Stage], ready: Callable[[], object] | None
     ) -> Graph | None:
         """Replays the first stage; captures all before, where there is something new to capture.
 
@@ -44,7 +44,8 @@ class Graphs:
             key: what must be the same, besides the inputs' shapes, for what was captured to be the right thing.
             inputs: tensors on the device.
             stages: what is captured, one after another; none may wait for the device.
-            ready: called before anything is captured; returns whatever holds tensors that the stages use.
+            ready: called before anything is captured; returns whatever holds tensors that the stages use. None: this is
+                no time to capture.
 
         Returns:
             What was replayed, its result in `made`; None: run it yourself.
@@ -55,7 +56,8 @@ class Graphs:
         if self._off:
             return None
         if self._graph is None or self._graph.key != whole:
-            if before < _BEFORE or not (again or self._graph is None):  # a chunk between others of another shape
+            between = self._graph is not None and not again  # others of another shape
+            if ready is None or between or before < _BEFORE:
                 return None
             self._graph = None  # its memory first
             alive = ready()

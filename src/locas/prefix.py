@@ -185,6 +185,7 @@ class KeptPrefix:
         update = layer.update
 
         def last(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            del layer.update  # which holds it: it would outlive its use
             keys, values = update(*args, **kwargs)
             layer.keys, layer.values = self._last(keys), self._last(values)
             return keys, values

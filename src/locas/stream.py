@@ -128,6 +128,7 @@ class Reader:
         self._replayed: Graph | None = None  # the last score's
         self._around = ExitStack()  # of a chunk, see `_ready`
         self._alive: list[object] | None = None
+        self._scored = False  # in this chunk: what holds gradients then belongs to another stream than a capture's
         self._last_share: tuple[Any, Tensor] = (None, torch.empty(0))
         self._nobody = torch.zeros(0, dtype=torch.bool) if bank is None else bank.rows.new_zeros(bank.size).bool()
         self._to_fill = self._may_fill()
@@ -166,7 +167,7 @@ class Reader:
         began = time.perf_counter()
         window = self.window()
         with ExitStack() as self._around, torch.set_grad_enabled(self.writer is not None):
-            self._alive = None
+            self._alive, self._scored = None, False
             if self.bank is None:
                 nll, losses = self._score(window)
                 self._check_finite(window, losses)
@@ -218,7 +219,9 @@ class Reader:
         self._replayed = None
         if self._graphs is not None:
             share = given[:0] if self.writer is None else [self._share(window)]
-            self._replayed = self._graphs.run(tuple(window.rows), [*share, *given], self._stages(), ready_to_capture)
+            capture = None if self._scored else ready_to_capture
+            self._replayed = self._graphs.run(tuple(window.rows), [*share, *given], self._stages(), capture)
+            self._scored = True
         if self._replayed is not None:
             nll, losses, *left = self._replayed.made
             self._prefix.open(left, lent=True)

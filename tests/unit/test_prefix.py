@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import warnings
 from collections.abc import Callable
@@ -215,6 +216,23 @@ def test_a_memory_gone_bad_is_taken_back_and_the_window_recomputed(model_of: Mod
     assert record is not None
     assert record.undone
     assert record.nll.isfinite().all()
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_no_chunk_leaves_anything_behind(model_of: ModelOf, reuse: bool) -> None:
+    """Neither tensors that only the garbage collector would find: they would pile up until it comes."""
+    model = model_of("qwen3")
+    reader = Reader(model, memory_for(model), [text(12 * CHUNK)], settings(reuse=reuse, refresh=99), start_id=START)
+    gc.collect()
+    gc.disable()
+    try:
+        alive = []
+        for _ in range(8):
+            reader.next_chunk()
+            alive.append(sum(type(each) is Tensor for each in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(set(alive[5:])) == 1
 
 
 def test_a_torn_state_changes_nothing(model_of: ModelOf) -> None:
