@@ -48,7 +48,11 @@ def main() -> int:
 def page() -> str:
     """docs/results.md; says on standard error which result files are missing."""
     parts = [backbones()]
-    carried = {weights_sha256(locas.load_backbone(name, device="cpu").model) for name in built_in()}
+    carried = {
+        weights_sha256(locas.load_backbone(name, dtype=dtype, device="cpu").model)
+        for name in built_in()
+        for dtype in ("float32", "bfloat16")
+    }
     sections = (
         ("books", headline),
         ("dev_books", books),
@@ -169,7 +173,7 @@ def speed_in_brief(report: Row) -> str:
     ]
     settings, backbone = report["settings"], report["backbone"]
     what = (
-        f"{backbone['name']}, {backbone['dtype']}, {report['device'].rpartition(',')[0]}; window "
+        f"{backbone['name']}, {backbone['dtype']}, {re.sub(', [0-9]+ threads$', '', report['device'])}; window "
         f"{settings['window']:,}, chunk {settings['chunk']:,}, rank {settings['rank']}"
     )
     return markdown([what, "time [quartiles]", *(["memory"] if memory else [])], lines)
@@ -448,13 +452,16 @@ def bench(report: Row) -> str:
     for part, (what, unit) in GROWTH.items():
         if part in report:
             rows = [_scaled(name, figures) for name, figures in report[part].items()]
-            parts.append(f"Time of {what}:\n\n" + markdown([unit, "time", "quartiles"], rows))
+            parallel = ["throughput"] if part == "documents" else []
+            parts.append(f"Time of {what}:\n\n" + markdown([unit, "time", "quartiles", *parallel], rows))
     return "\n".join(parts)
 
 
 def _scaled(name: str, figures: Row) -> list[str]:
     low, high = figures["quartiles"]
-    return [f"{int(name):,}" if name.isdecimal() else name, f"{figures['ratio']:.3f}", f"{low:.3f}-{high:.3f}"]
+    parallel = [f"{figures['throughput']:.2f}"] if "throughput" in figures else []
+    name = f"{int(name):,}" if name.isdecimal() else name
+    return [name, f"{figures['ratio']:.3f}", f"{low:.3f}-{high:.3f}", *parallel]
 
 
 def kills(report: Row) -> str:

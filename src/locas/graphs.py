@@ -26,14 +26,23 @@ class Graphs:
 
     Attributes:
         replayed: how often a captured first stage was replayed.
+
+    Args:
+        model: which must lie on one device.
+        device: that one's number; negative: the current one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, device: int = -1) -> None:
         self.replayed = 0
+        self._modules, self._device = list(model.modules()), device
         self._last: Hashable = ()
         self._seen: dict[Hashable, int] = {}
         self._graph: Graph | None = None
         self._off = False
+
+    def seen_by_others(self) -> bool:
+        """Whether someone's hooks are on the model: they would not be called, and what they use might be gone."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
 
     def run(
         self, key: Hashable, inputs: Sequence[Tensor], stages: Sequence[Stage], ready: Callable[[], object] | None
@@ -61,9 +70,10 @@ class Graphs:
                 return None
             self._graph = None  # its memory first
             alive = ready()
-            random = _random_state()
+            random = _random_state(self._device)
             try:
-                self._graph = Graph(whole, inputs, stages, alive)
+                with torch.cuda.device(self._device):
+                    self._graph = Graph(whole, inputs, stages, alive)
             except RuntimeError as error:
                 self._off = True
                 _put_back(random)
@@ -118,11 +128,13 @@ def graphs_for(model: nn.Module, device: torch.device) -> Graphs | None:
     if device.type != "cuda":
         return None
     whole = all(t.device == device for t in (*model.parameters(), *model.buffers()))
-    return Graphs() if whole and not any(hasattr(module, "_hf_hook") for module in model.modules()) else None
+    return (
+        Graphs(model, device) if whole and not any(hasattr(module, "_hf_hook") for module in model.modules()) else None
+    )
 
 
-def _random_state() -> tuple[torch.Generator, Tensor]:
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+def _random_state(device: int) -> tuple[torch.Generator, Tensor]:
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device < 0 else device]
     return generator, generator.get_state()
 
 

@@ -86,15 +86,16 @@ def read_token(a: Tensor, keys: Tensor, values: Tensor, onto: Tensor, activation
     a, onto, keys, values = a.contiguous(), onto.contiguous(), keys.contiguous(), values.contiguous()
     slots, out = a.new_empty(batch, rank, dtype=torch.float32), onto.new_empty(batch, 1, d_model)
     each = 0 if keys.ndim == 2 else keys.stride(0), 0 if values.ndim == 2 else values.stride(0)
-    _slots_kernel[(batch, triton.cdiv(rank, _SLOTS))](
-        a, keys, slots, d_model, rank, d_model, each[0],
-        GATED=gated, ACTIVATION=ACTIVATIONS[activation], SLOTS=_SLOTS,
-        WIDTH=min(1024, triton.next_power_of_2(d_model)),
-    )  # fmt: skip
-    _onto_kernel[(batch, triton.cdiv(d_model, _COLUMNS))](
-        onto, slots, values, out, d_model, rank, d_model, each[1],
-        RANK=triton.next_power_of_2(rank), COLUMNS=_COLUMNS,
-    )  # fmt: skip
+    with torch.cuda.device(a.device):  # Triton launches on the current one
+        _slots_kernel[(batch, triton.cdiv(rank, _SLOTS))](
+            a, keys, slots, d_model, rank, d_model, each[0],
+            GATED=gated, ACTIVATION=ACTIVATIONS[activation], SLOTS=_SLOTS,
+            WIDTH=min(1024, triton.next_power_of_2(d_model)),
+        )  # fmt: skip
+        _onto_kernel[(batch, triton.cdiv(d_model, _COLUMNS))](
+            onto, slots, values, out, d_model, rank, d_model, each[1],
+            RANK=triton.next_power_of_2(rank), COLUMNS=_COLUMNS,
+        )  # fmt: skip
     return out
 
 
@@ -141,11 +142,12 @@ def values_gradient(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, s
     batch, heads, chunk, width = query.shape
     query, key, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, grad))
     keys, queries = (64, 64) if width > 64 else (128, 64)
-    _values_kernel[(triton.cdiv(chunk, keys), batch * heads)](
-        query, key, log_sum.contiguous(), grad, out, heads, chunk, heads // key.shape[1], scale,
-        *query.stride()[:3], *key.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
-        WIDTH=width, KEYS=keys, QUERIES=queries, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device(query.device):
+        _values_kernel[(triton.cdiv(chunk, keys), batch * heads)](
+            query, key, log_sum.contiguous(), grad, out, heads, chunk, heads // key.shape[1], scale,
+            *query.stride()[:3], *key.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
+            WIDTH=width, KEYS=keys, QUERIES=queries, num_warps=4, num_stages=3,
+        )  # fmt: skip
 
 
 __all__ = ["ACTIVATIONS", "HEAD_WIDTHS", "read_token", "values_gradient"]

@@ -128,6 +128,7 @@ class Reader:
         self._replayed: Graph | None = None  # the last score's
         self._around = ExitStack()  # of a chunk, see `_ready`
         self._alive: list[object] | None = None
+        self._replays = False
         self._scored = False  # in this chunk: what holds gradients then belongs to another stream than a capture's
         self._last_share: tuple[Any, Tensor] = (None, torch.empty(0))
         self._nobody = torch.zeros(0, dtype=torch.bool) if bank is None else bank.rows.new_zeros(bank.size).bool()
@@ -167,7 +168,8 @@ class Reader:
         began = time.perf_counter()
         window = self.window()
         with ExitStack() as self._around, torch.set_grad_enabled(self.writer is not None):
-            self._alive, self._scored = None, False
+            self._alive, self._replayed, self._scored = None, None, False
+            self._replays = self._graphs is not None and not self._graphs.seen_by_others()
             if self.bank is None:
                 nll, losses = self._score(window)
                 self._check_finite(window, losses)
@@ -217,7 +219,7 @@ class Reader:
 
         given = [inputs, window.targets, *self._prefix.given(window.rows, before, inputs.shape[1], ready)]
         self._replayed = None
-        if self._graphs is not None:
+        if self._graphs is not None and self._replays:
             share = given[:0] if self.writer is None else [self._share(window)]
             capture = None if self._scored else ready_to_capture
             self._replayed = self._graphs.run(tuple(window.rows), [*share, *given], self._stages(), capture)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from families import tiny_model
-from helpers import START, same_bytes, text
+from helpers import START, memory_for, same_bytes, text
 from locas import graphs, stream
+from locas.attach import attached
 from locas.attention import chunk_attention
 from locas.bank import Bank
 from locas.graphs import Graphs, graphs_for
@@ -42,12 +43,12 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
             self.made = self._stages[0](inputs, None)
 
     monkeypatch.setattr(graphs, "Graph", Computed)
-    monkeypatch.setattr(graphs, "_random_state", lambda: None)
+    monkeypatch.setattr(graphs, "_random_state", lambda _: None)
     return made
 
 
 def test_the_second_of_one_shape_is_captured_and_others_between_do_not_end_it(captured: list[torch.Size]) -> None:
-    own = Graphs()
+    own = Graphs(nn.Linear(1, 1))
 
     def run(n: int, key: object = 0) -> bool:
         x = torch.arange(n)
@@ -68,16 +69,29 @@ def test_what_cannot_be_captured_is_run_and_said_once(monkeypatch: pytest.Monkey
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(graphs, "Graph", fail)
-    monkeypatch.setattr(graphs, "_random_state", lambda: None)
+    monkeypatch.setattr(graphs, "_random_state", lambda _: None)
     put_back: list[object] = []
     monkeypatch.setattr(graphs, "_put_back", put_back.append)
-    own = Graphs()
+    own = Graphs(nn.Linear(1, 1))
     with pytest.warns(UserWarning, match="without CUDA graphs, kernel by kernel: operation not permitted when stream"):
         assert [own.run(0, [torch.zeros(3)], STAGES, lambda: None) for _ in range(3)] == [None] * 3
     assert put_back == [None]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert own.run(0, [torch.zeros(3)], STAGES, lambda: None) is None
+
+
+def test_others_hooks_are_seen() -> None:
+    model = tiny_model("qwen3")
+    own = Graphs(model)
+    assert not own.seen_by_others()
+    with attached(model, memory_for(model)):
+        assert own.seen_by_others()
+    assert not own.seen_by_others()
+    handle = model.register_forward_pre_hook(lambda *_: None)
+    assert own.seen_by_others()
+    handle.remove()
+    assert not own.seen_by_others()
 
 
 def test_nothing_is_captured_without_cuda() -> None:
@@ -146,7 +160,7 @@ def test_replayed_chunks_are_what_would_have_run_on_cuda(
 
 @needs_cuda
 def test_what_cannot_be_captured_leaves_cuda_as_it_was() -> None:
-    own, x = Graphs(), torch.ones(3, device="cuda")
+    own, x = Graphs(nn.Linear(1, 1)), torch.ones(3, device="cuda")
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         found = [own.run(0, [x], [lambda inputs, _: inputs[0].sum().item()], lambda: None) for _ in range(4)]
     assert found == [None] * 4
