@@ -168,7 +168,7 @@ def speed_in_brief(report: Row) -> str:
     memory = report.get("relative_memory", {})
     lines = [
         [NAMES[method], f"{ratio:.2f} [{report['quartiles'][method][0]:.2f}, {report['quartiles'][method][1]:.2f}]"]
-        + ([f"{memory[method]:.2f}"] if memory else [])
+        + ([f"{memory[method]:.2f} ({report['peak_bytes'][method] / 2**20:,.0f} MiB)"] if memory else [])
         for method, ratio in report["relative_time"].items()
     ]
     settings, backbone = report["settings"], report["backbone"]

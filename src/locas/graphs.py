@@ -128,9 +128,9 @@ def graphs_for(model: nn.Module, device: torch.device) -> Graphs | None:
     if device.type != "cuda":
         return None
     whole = all(t.device == device for t in (*model.parameters(), *model.buffers()))
-    return (
-        Graphs(model, device) if whole and not any(hasattr(module, "_hf_hook") for module in model.modules()) else None
-    )
+    if not whole or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return None
+    return Graphs(model, -1 if device.index is None else device.index)
 
 
 def _random_state(device: int) -> tuple[torch.Generator, Tensor]:
