@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from locas.cuda import kernels
+from locas.cuda import has_flash, kernels
 
 # What of attention a gradient goes through: all of it; its values only, the weights with which they are averaged being
 # constants; nothing: what attention adds to the hidden states is a constant.
@@ -154,7 +154,8 @@ def _context(mask: Tensor) -> int | None:
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Sequence[int]) -> bool:
     """Whether `chunk_attention` can take them, beside a mask of so many queries and keys."""
     if query.is_cuda:
-        takes: tuple[torch.dtype, ...] = _HALF if query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else ()
+        flash = has_flash(query.device) and torch.backends.cuda.flash_sdp_enabled()
+        takes: tuple[torch.dtype, ...] = _HALF if flash and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 else ()
     elif query.device.type == "cpu":
         takes = _DTYPES if query.requires_grad or key.requires_grad else _DTYPES_OF_VALUES
     else:

@@ -23,9 +23,16 @@ def perhaps(flags: Tensor) -> bool:
 
 
 @functools.cache
+def has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention and Triton's kernels run on this device: NVIDIA's Ampere (2020) or later."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
 def kernels() -> Any:
-    """The module `locas.kernels`; None where Triton is missing or cannot compile (it needs a C compiler)."""
-    if importlib.util.find_spec("triton") is None:
+    """The module `locas.kernels`; None where Triton is missing, or cannot compile (it needs a C compiler), and on older
+    devices."""
+    if importlib.util.find_spec("triton") is None or not has_flash(torch.device("cuda")):
         return None
     try:
         found: Any = importlib.import_module("locas.kernels")
@@ -38,4 +45,4 @@ def kernels() -> Any:
     return found
 
 
-__all__ = ["is_captured", "kernels", "perhaps"]
+__all__ = ["has_flash", "is_captured", "kernels", "perhaps"]

@@ -16,6 +16,7 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}  # by th
 HEAD_WIDTHS = (16, 32, 64, 128)
 
 _SLOTS, _COLUMNS = 2, 64  # of one program
+_ROOM = 160_000  # bytes of shared memory for three steps of `_values_kernel` at once; desktop cards have 100,000
 
 
 @triton.jit
@@ -142,11 +143,13 @@ def values_gradient(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, s
     batch, heads, chunk, width = query.shape
     query, key, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, grad))
     keys, queries = (64, 64) if width > 64 else (128, 64)
+    room = getattr(torch.cuda.get_device_properties(query.device), "shared_memory_per_block_optin", 0)
+    stages = 3 if room >= _ROOM else 2
     with torch.cuda.device(query.device):
         _values_kernel[(triton.cdiv(chunk, keys), batch * heads)](
             query, key, log_sum.contiguous(), grad, out, heads, chunk, heads // key.shape[1], scale,
             *query.stride()[:3], *key.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
-            WIDTH=width, KEYS=keys, QUERIES=queries, num_warps=4, num_stages=3,
+            WIDTH=width, KEYS=keys, QUERIES=queries, num_warps=4, num_stages=stages,
         )  # fmt: skip
 
 
