@@ -103,23 +103,27 @@ def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
         return {}
     with torch.no_grad():
         past = call(decoder(model), inputs, use_cache=True).past_key_values
-    for layer in past.layers:
-        layer.update = _emptying(layer)
+    hold_after_update(past, lambda states: states.new_empty(0))
     return {"past_key_values": past, "use_cache": True}
 
 
-def _emptying(layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What a cache's layer does when it gets new keys and values, and then it lets go of all: nobody reads them again,
-    and the layers above need the room."""
+def hold_after_update(past: Any, hold: Callable[[Tensor], Tensor]) -> None:
+    """Makes every layer of a cache, once it got new keys and values and returned all, hold no more than `hold` of them:
+    what nobody reads again is freed while the layers above run, which need the room."""
+    for layer in past.layers:
+        layer.update = _holding(layer, hold)
+
+
+def _holding(layer: Any, hold: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     update = layer.update
 
-    def last(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        del layer.update  # which holds it: it would outlive its use
+    def once(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        del layer.update  # which holds the layer: it would outlive its use
         keys, values = update(*args, **kwargs)
-        layer.keys, layer.values = keys.new_empty(0), values.new_empty(0)
+        layer.keys, layer.values = hold(keys), hold(values)
         return keys, values
 
-    return last
+    return once
 
 
 def find_head(model: nn.Module) -> nn.Linear | None:
@@ -279,6 +283,7 @@ __all__ = [
     "device_of",
     "find_head",
     "frozen",
+    "hold_after_update",
     "in_windows",
     "input_embedding",
     "positions_are_relative",

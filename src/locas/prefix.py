@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas.forward import call, decoder, positions_are_relative, read_prefix
+from locas.forward import call, decoder, hold_after_update, positions_are_relative, read_prefix
 from locas.read_settings import ReadSettings
 from locas.window import Layout
 
@@ -175,22 +175,8 @@ class KeptPrefix:
         for layer, (k, v) in enumerate(zip(states[::2], states[1::2], strict=True)):
             past.update(k[:, :, :0], v[:, :, :0], layer)
             past.layers[layer].keys, past.layers[layer].values = k, v  # not copied, as `update` would
-        for held in past.layers:
-            held.update = self._keeping(held)
+        hold_after_update(past, self._last)
         return {"past_key_values": past, "use_cache": True, "position_ids": positions}
-
-    def _keeping(self, layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-        """What a cache's layer does when it gets new keys and values, which then keeps the last ones only: the layers
-        above need the room."""
-        update = layer.update
-
-        def last(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            del layer.update  # which holds it: it would outlive its use
-            keys, values = update(*args, **kwargs)
-            layer.keys, layer.values = self._last(keys), self._last(values)
-            return keys, values
-
-        return last
 
     def _last(self, states: Tensor) -> Tensor:
         """Those of the last tokens; copied where some are dropped, so that these are freed."""
