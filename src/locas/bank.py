@@ -211,7 +211,7 @@ class Bank:
             fused = kernels()
             if fused is not None and self.activation in fused.ACTIVATIONS:
                 return fused.read_token(a, by.keys, by.values, onto, self.activation)
-        slots = self._gate(F.linear(a, by.keys) if by.keys.ndim == 2 else a @ by.keys.mT)
+        slots = self._gate(_project(a, by.keys))
         return _add(onto, slots if by.tau is None else slots * by.tau, by.values)
 
     def _operands(self, layer: int, a: Tensor, index: Tensor | None, fold: bool = False) -> _Operands:
@@ -357,6 +357,8 @@ def _shared(by: _Operands, index: Tensor | None) -> _Operands:
     """The same, without gradients; rows that all read one memory, or none, share it: fetched once, not once a row."""
     keys, values, absent = by.keys.detach(), by.values.detach(), by.absent
     if index is None or absent is None:
+        if values.ndim == 2 and not values.is_cuda:
+            values = values.mT.contiguous().mT  # as a linear layer's weight lies, which is what CPUs are fast at
         return _Operands(keys, values, None, None)
     present = (~absent).flatten().nonzero().flatten()
     if present.numel() == absent.shape[0]:
@@ -382,6 +384,15 @@ def _is_token_on_cuda(a: Tensor, onto: Tensor) -> bool:
     )
 
 
+def _project(a: Tensor, keys: Tensor) -> Tensor:
+    """a @ keys^T. a: [batch, seq, d_model]; keys: [n, d_model], or for each row [batch, n, d_model]."""
+    if keys.ndim == 2:
+        return F.linear(a, keys)
+    if a.shape[-2] == 1 and a.device.type == "cpu" and a.dtype == torch.float32:
+        return (keys @ a.mT).mT  # a generated token: a matrix times a vector there, half the time of the reverse
+    return a @ keys.mT
+
+
 def _add(onto: Tensor | None, slots: Tensor, values: Tensor) -> Tensor:
     """onto + slots @ values, as one operation where dtypes and devices allow it. Not under autocast: that would round
     `onto` as well. slots: [batch, seq, rank]; values: [rank, d_model], or for each row [batch, rank, d_model]."""
@@ -390,7 +401,7 @@ def _add(onto: Tensor | None, slots: Tensor, values: Tensor) -> Tensor:
     if onto.dtype != slots.dtype or onto.device != slots.device or torch.is_autocast_enabled(slots.device.type):
         return onto + (slots @ values).to(onto.device, onto.dtype)
     if values.ndim == 2 and onto.ndim == 3 and onto.shape[:2] == (1, 1):
-        values = values[None]  # a generated token: spares as many views as the product takes time
+        return onto + F.linear(slots, values.mT)  # a generated token: spares as many views as the product takes time
     if values.ndim == 3:
         return torch.baddbmm(onto, slots, values)
     return torch.addmm(onto.flatten(0, -2), slots.flatten(0, -2), values).view(onto.shape)
