@@ -207,7 +207,7 @@ class Bank:
         if by.absent is not None:
             # Zeros in all that is multiplied, not only in the product: its gradients would still see NaN and inf.
             a = a.masked_fill(by.absent, 0.0)
-        if onto is not None and by.tau is None and _is_token_on_cuda(a, onto):
+        if a.is_cuda and onto is not None and by.tau is None and _is_token_on_cuda(a, onto):
             fused = kernels()
             if fused is not None and self.activation in fused.ACTIVATIONS:
                 return fused.read_token(a, by.keys, by.values, onto, self.activation)
@@ -236,10 +236,11 @@ class Bank:
     def _kept(self, layer: int, a: Tensor, index: Tensor | None) -> _Operands:
         """The operands, made once (each row's memory gathered and cast, tau folded in) and kept until the rows, tau or
         the index change, or another batch, dtype or device comes."""
-        versions = [t._version for t in (self.rows, self.tau, index) if t is not None]
-        state = (versions, a.dtype, a.device, None if index is None and self.size == 1 else a.shape[0])
+        alone = index is None and self.size == 1
+        written = -1 if index is None else index._version
+        state = (self.rows._version, self.tau._version, written, a.dtype, a.device, None if alone else a.shape[0])
         kept = self._prepared.get(layer)
-        if kept is None or kept[0] != state or kept[1] is not index:
+        if kept is None or kept[1] is not index or kept[0] != state:
             if is_captured():  # what is made there belongs to the graph
                 return self._operands(layer, a, index, fold=True)
             made = _shared(self._operands(layer, a, index, fold=True), index)
@@ -374,8 +375,7 @@ def _shared(by: _Operands, index: Tensor | None) -> _Operands:
 def _is_token_on_cuda(a: Tensor, onto: Tensor) -> bool:
     """Whether one token of each row is read, where launching kernels takes longer than their work."""
     return (
-        a.is_cuda
-        and a.ndim == 3
+        a.ndim == 3
         and a.shape[1] == 1
         and onto.device == a.device
         and onto.dtype == a.dtype
