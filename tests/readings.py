@@ -15,12 +15,13 @@ from locas.write import Rule, WriteSettings
 
 # (family, memory): a gated family, one with step-wise slots, one without an FFN module.
 KINDS = ["qwen2", "gpt2", "opt"]
-READ = ReadSettings(window=17, chunk=7, write=WriteSettings(lr=0.1, damping=0.1))
+READ = ReadSettings(window=17, chunk=7, write=WriteSettings(lr=0.1, damping=0.1, damping_every=2))
 CHUNK, PREFIX = 11, 31  # longer than the sliding windows of the tiny models, so that those have masks of two kinds
 
 
 def reading(rule: Rule = "muon", steps: int = 1, **more: Any) -> ReadSettings:
-    return ReadSettings(window=17, chunk=7, steps=steps, write=WriteSettings(rule, lr=0.05, damping=0.1), **more)
+    write = WriteSettings(rule, lr=0.05, damping=0.1, damping_every=2)
+    return ReadSettings(window=17, chunk=7, steps=steps, write=write, **more)
 
 
 def learn(model: nn.Module, bank: Bank, gradient: AttentionGradient = "full") -> tuple[Tensor, Tensor]:

@@ -14,8 +14,7 @@ between layers, so that one matrix is kept for a whole memory: the mean over its
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,26 +28,33 @@ _BLOCK = 256  # columns
 
 
 class Curvature:
-    """Gathers second moments for every memory of a bank. sites: of the bank's layers, with the bank attached."""
+    """Gathers second moments for every memory of a bank.
 
-    def __init__(self, bank: Bank, sites: Mapping[int, Site]) -> None:
-        self.bank, self.sites = bank, sites
+    Args:
+        bank: attached to the model.
+        sites: of the bank's layers.
+        stride: gather from one token in so many, which stand for the others.
+    """
+
+    def __init__(self, bank: Bank, sites: Mapping[int, Site], stride: int = 1) -> None:
+        self.bank, self.sites, self.stride = bank, sites, stride
         self._gathering = False
-        self._sum = bank.rows.new_zeros(bank.size, bank.d_model, bank.d_model)
+        self._samples: list[Tensor] = []
+        self._where: Sequence[int] = ()
 
     @contextmanager
-    def watching(self, rows: Sequence[int]) -> Iterator[Tensor]:
+    def watching(self, rows: Sequence[int]) -> Iterator[None]:
         """Around forward passes whose batch row i reads memory rows[i]; inside `attached`, whose output it looks at."""
-        where = torch.tensor(list(rows), device=self.bank.device)
+        self._where = list(rows)
 
         def look(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             main = output[0] if isinstance(output, tuple) else output
             if main.requires_grad:
-                main.register_hook(self._adder(where))
+                main.register_hook(self._add)
 
         handles = [site.exit.register_forward_hook(look) for site in self.sites.values()]
         try:
-            yield where
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -56,15 +62,14 @@ class Curvature:
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """Around the backward pass that counts; what was gathered before is dropped."""
-        self._sum.zero_()
-        self._gathering = True
+        self._samples, self._gathering = [], True
         try:
             yield
         finally:
             self._gathering = False
 
     def take(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What was gathered.
+        """What was gathered since it was taken last.
 
         Args:
             tokens: [bank] how many tokens each memory's loss was of.
@@ -72,38 +77,38 @@ class Curvature:
         Returns:
             [bank, d_model, d_model], mean eigenvalue = tokens (0 where there was no gradient); tokens as float64.
         """
-        tokens = tokens.to(self._sum.device, torch.float64)
-        return self._sum * tokens.to(self._sum.dtype)[:, None, None], tokens
+        rows, samples, self._samples = self.bank.rows, self._samples, []
+        tokens = tokens.to(rows.device, torch.float64)
+        moments = rows.new_zeros(self.bank.size, self.bank.d_model, self.bank.d_model)
+        if samples:
+            made = _squared(torch.cat(samples, dim=1), rows.dtype)
+            if self._where == list(range(self.bank.size)):
+                moments = made
+            else:
+                for row, of_row in zip(self._where, made, strict=True):
+                    moments[row] = of_row
+        return moments.mul_(tokens.to(moments.dtype)[:, None, None]), tokens
 
-    def _adder(self, where: Tensor) -> Callable[[Tensor], None]:
-        def add(grad: Tensor) -> None:
-            if self._gathering:
-                self._add(where, grad.detach())
-
-        return add
-
-    def _add(self, where: Tensor, grad: Tensor) -> None:
-        """Adds the second moments of a gradient [rows (* seq), seq, d_model], of mean eigenvalue 1 / layers, or 0, to
-        those of the memories in `where` [rows]."""
-        flat = grad.reshape(where.numel(), -1, self.bank.d_model).to(self._sum.device)
-        moments = _squared(flat, self._sum.dtype)
-        mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * len(self.sites)
-        share = torch.where(mean == 0, 1.0, mean).reciprocal_()
-        if where.numel() == self._sum.shape[0]:  # all of them, in order
-            self._sum.addcmul_(moments, share)
-        else:
-            self._sum.index_add_(0, where, moments.mul_(share))
+    def _add(self, grad: Tensor) -> None:
+        """Keeps a sample of a gradient [rows (* seq), seq, d_model], scaled so that its second moments have a mean
+        eigenvalue of 1 / layers, or 0."""
+        if not self._gathering:
+            return
+        rows = self.bank.rows
+        sample = grad.detach().reshape(len(self._where), -1, self.bank.d_model)[:, :: self.stride]
+        x = sample.to(rows.device, rows.dtype)
+        peak = x.abs().amax(dim=(-2, -1), keepdim=True)  # squares of very small or large ones leave float32's range
+        x = x / torch.where(peak == 0, 1.0, peak)
+        mean = x.square().sum(dim=(-2, -1), keepdim=True) * (len(self.sites) / self.bank.d_model)
+        self._samples.append((x * torch.where(mean == 0, 1.0, mean).rsqrt()).to(grad.dtype))
 
 
 def _squared(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x^T x of [n, tokens, d], times what keeps it within range, in `dtype`: [n, d, d]."""
+    """x^T x of [n, tokens, d], in `dtype`: [n, d, d]."""
     if x.is_cuda and x.element_size() == 2 and "dtype" in torch.ops.aten.bmm.overloads():  # torch 2.8
-        return torch.bmm(x.mT, x, out_dtype=dtype)  # which leaves float32's range where all entries are below 1e-19
+        return torch.bmm(x.mT, x, out_dtype=dtype)
     x = x.to(dtype)
     n, _, d = x.shape
-    exponent = x.abs().amax(dim=(-2, -1), keepdim=True).frexp().exponent
-    most = math.frexp(torch.finfo(dtype).max)[1] - 2
-    x = x * torch.ldexp(x.new_ones(n, 1, 1), -exponent.clamp(-most, most))  # a power of two changes no digit
     made = x.new_empty(n, d, d)
     for first in range(0, d, _BLOCK):  # what lies below the diagonal is copied from above it
         last = min(first + _BLOCK, d)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 _BEFORE = 1  # chunks of one shape before the next is captured: kernels are loaded and chosen by then
 
-# Of the inputs and of what the stage before it made, what this one makes.
+# Of the inputs and of what the stage before it made, what this one makes. Where there is a choice of stages, whichever
+# is replayed.
 Stage = Callable[[Sequence[Tensor], Any], Any]
+Stages = Sequence[Sequence[Stage]]
 
 
 class Graphs:
@@ -45,14 +47,15 @@ class Graphs:
         return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
 
     def run(
-        self, key: Hashable, inputs: Sequence[Tensor], stages: Sequence[Stage], ready: Callable[[], object] | None
+        self, key: Hashable, inputs: Sequence[Tensor], stages: Stages, ready: Callable[[], object] | None
     ) -> Graph | None:
         """Replays the first stage; captures all before, where there is something new to capture.
 
         Args:
             key: what must be the same, besides the inputs' shapes, for what was captured to be the right thing.
             inputs: tensors on the device.
-            stages: what is captured, one after another; none may wait for the device.
+            stages: what is captured, one after another; none may wait for the device. Each is a choice of stages, of
+                which one is replayed; only the last stage may leave a choice.
             ready: called before anything is captured; returns whatever holds tensors that the stages use. None: this is
                 no time to capture.
 
@@ -93,16 +96,22 @@ class Graph:
         made: by the stage that was replayed last; its next replay writes over it.
     """
 
-    def __init__(self, key: Hashable, inputs: Sequence[Tensor], stages: Sequence[Stage], alive: object) -> None:
+    def __init__(self, key: Hashable, inputs: Sequence[Tensor], stages: Stages, alive: object) -> None:
         self.key, self._alive = key, alive
         self._inputs = list(inputs)  # as they are: what lies in the same place next time need not be copied
-        self._stages: list[tuple[torch.cuda.CUDAGraph, Any]] = []
+        self._stages: list[list[tuple[torch.cuda.CUDAGraph, Any]]] = []
         self.made: Any = None
-        for stage in stages:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._stages[0][0].pool() if self._stages else None):
-                self.made = stage(self._inputs, self.made)
-            self._stages.append((graph, self.made))
+        pool = None
+        for choice in stages:
+            captured = []
+            for stage in choice:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    made = stage(self._inputs, self.made)
+                captured.append((graph, made))
+                pool = graph.pool() if pool is None else pool
+            self._stages.append(captured)
+            self.made = captured[0][1]
         self._next = 0
 
     def replay(self, inputs: Sequence[Tensor]) -> None:
@@ -115,9 +124,9 @@ class Graph:
         self._next = 0
         self.go_on()
 
-    def go_on(self) -> Any:
-        """The next stage; returns what it made."""
-        graph, self.made = self._stages[self._next]
+    def go_on(self, which: int = 0) -> Any:
+        """The next stage, where there is a choice this one; returns what it made."""
+        graph, self.made = self._stages[self._next][which]
         graph.replay()
         self._next += 1
         return self.made
@@ -147,4 +156,4 @@ def _put_back(state: tuple[torch.Generator, Tensor]) -> None:
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-__all__ = ["Graph", "Graphs", "Stage", "graphs_for"]
+__all__ = ["Graph", "Graphs", "Stage", "Stages", "graphs_for"]

@@ -33,6 +33,9 @@ from locas.read_settings import ReadSettings
 from locas.window import Layout, Window, check_documents
 from locas.write import Writer
 
+_SAMPLED = 64  # tokens of a chunk, at least, that curvature is gathered from, and
+_SPARSE = 8  # one in so many, at most: what is lost is in docs/method.md
+
 OnFailure = Literal["raise", "drop"]
 
 
@@ -111,12 +114,16 @@ class Reader:
         self.start_id = start_id
         self.device = device_of(model)
         self.documents = [d.to("cpu", torch.int64) for d in documents]
-        self.position = first_token
+        self.position = self._first_token = first_token
         self.on_failure = on_failure
         self.failed: dict[int, int] = {}
         learns = bank is not None and learn
         self.writer = Writer(bank, settings.write) if learns and bank is not None else None
-        self._curvature = Curvature(bank, self.sites) if bank is not None and learns and settings.write.curved else None
+        self._curvature: Curvature | None = None
+        if bank is not None and learns and settings.write.curved:
+            # Of a full chunk, so that nothing depends on what is read beside it.
+            stride = max(1, min(_SPARSE, self.chunk_tokens // _SAMPLED))
+            self._curvature = Curvature(bank, self.sites, stride)
         self._head = find_head(model)
         self._attention_gradient = _possible(settings.attention_gradient, model) if learns else "full"
         everywhere = settings.start_in_every_window is not False
@@ -233,20 +240,22 @@ class Reader:
         self._prefix.open(left, lent=False)
         return nll, losses
 
-    def _stages(self) -> list[Stage]:
+    def _stages(self) -> list[Sequence[Stage]]:
         """Scoring, the gradient and the write, as they are captured."""
         writer = self.writer
         if writer is None:
-            return [lambda inputs, _: self._pass(*inputs)]
+            return [[lambda inputs, _: self._pass(*inputs)]]
 
-        def write(inputs: Sequence[Tensor], made: Any) -> Tensor:
-            return writer.write(made[0], inputs[0], made[1])
+        def write(renew: bool) -> Stage:
+            return lambda inputs, made: writer.write(made[0], inputs[0], made[1], renew)
 
-        stages: list[Stage] = [
-            lambda inputs, _: self._pass(*inputs[1:]),
-            lambda inputs, made: self._backward(made[1], inputs[0]),
+        stages: list[Sequence[Stage]] = [
+            [lambda inputs, _: self._pass(*inputs[1:])],
+            [lambda inputs, made: self._backward(made[1], inputs[0])],
         ]
-        return stages if writer.bank.frozen.any() else [*stages, write]
+        if writer.bank.frozen.any():
+            return stages
+        return [*stages, [write(False), write(True)] if self._curvature is not None else [write(False)]]
 
     def _pass(self, inputs: Tensor, targets: Tensor, *given: Tensor) -> list[Tensor]:
         """Each target's loss, each document's mean loss, and what the prefix may keep."""
@@ -265,7 +274,7 @@ class Reader:
         if self._replayed is not None and self.writer is not None and whole and undone is self._nobody:
             self.writer.pin()
             grad, _ = self._replayed.go_on()
-            norms, undone = _norms(grad), self._replayed.go_on()
+            norms, undone = _norms(grad), self._replayed.go_on(int(self._renews(window)))
             self.bank.forget()
             return scored, norms, filled, undone
         norms = self.bank.tau.new_full((self.bank.size,), torch.nan)
@@ -282,7 +291,7 @@ class Reader:
                 grad, curvature = self._gradient(window, losses)
                 # The first gradient step is number 1 for those that filled slots, else number 0.
                 norms = torch.where(active & (filling == step), _norms(grad), norms)
-                undone = undone | self.writer.write(grad, active * self._share(window), curvature)
+                undone = undone | self.writer.write(grad, active * self._share(window), curvature, self._renews(window))
             if step == 0 and filling.any():
                 filled, bad = self._fill(window, scored, filling)
                 undone = undone | bad
@@ -333,6 +342,11 @@ class Reader:
         with self._curvature.gathering() if self._curvature is not None else nullcontext():
             losses.sum().backward(inputs=self.bank.leaves())
         return self.bank.grad, None if self._curvature is None else self._curvature.take(share * self.chunk_tokens)
+
+    def _renews(self, window: Window) -> bool:
+        """Whether this chunk's writes make the metric anew."""
+        number = (window.start - self._first_token) // self.chunk_tokens
+        return self._curvature is not None and self.settings.write.renews(number)
 
     def _filling(self, window: Window) -> Tensor:
         """[bank] the memories whose empty slots this chunk fills."""

@@ -14,7 +14,6 @@ a rule sees them, and zero rows have no part in orthogonalisation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -46,6 +45,8 @@ class WriteSettings:
         momentum: muon's decay of past gradients.
         damping: muon: move values in the metric of the loss's curvature at the FFNs' outputs, to which this share of
             its mean eigenvalue is added. None: without, Muon as published.
+        damping_every: with damping, the metric is made anew, of all that was read until then, at each of the first
+            chunks, twice this many, and then at one in so many, which costs less and changes little. 1: at every chunk.
         beta1: adamw's decay of the first moment.
         beta2: adamw's decay of the second moment.
         eps: adamw's floor under the root of the second moment.
@@ -58,6 +59,7 @@ class WriteSettings:
     floor: float = 0.35
     momentum: float = 0.5
     damping: float | None = None
+    damping_every: int = 8
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -79,11 +81,17 @@ class WriteSettings:
             raise ValueError(f"eps must be positive; got {self.eps}")
         if self.damping is not None and not (self.damping > 0 and math.isfinite(self.damping)):
             raise ValueError(f"damping must be a positive number, or none; got {self.damping}")
+        if self.damping_every < 1:
+            raise ValueError(f"damping_every must be 1 (every chunk) or more chunks; got {self.damping_every}")
 
     @property
     def curved(self) -> bool:
         """Whether values move in the metric of the loss's curvature."""
         return self.rule == "muon" and self.damping is not None
+
+    def renews(self, chunk: int) -> bool:
+        """Whether the metric is made anew at this chunk (from 0) of a reading, see `damping_every`."""
+        return chunk < 2 * self.damping_every or chunk % self.damping_every == 0
 
     def schedule(self, number: Tensor) -> Tensor:
         """Multiplier of `lr` for updates of these numbers (integers, from 0), in float64."""
@@ -99,6 +107,8 @@ class Writer:
         counts: [bank] updates made.
         curvature: [bank, d_model, d_model] sum over tokens, see `Curvature`; None where it is not asked for.
         seen: [bank] how many tokens that is.
+        inverse: [bank, d_model, d_model] inverse of the damped curvature when it was last made anew, up to a factor;
+            the identity before. None like curvature.
     """
 
     def __init__(self, bank: Bank, settings: WriteSettings) -> None:
@@ -108,19 +118,23 @@ class Writer:
         self.counts = torch.zeros(bank.size, dtype=torch.int64, device=bank.device)
         self.scale = torch.ones(bank.size, dtype=torch.float64, device=bank.device)
         self.curvature: Tensor | None = None
+        self.inverse: Tensor | None = None
         if settings.curved:
             self.curvature = bank.rows.new_zeros(bank.size, bank.d_model, bank.d_model)
+            self.inverse = torch.eye(bank.d_model, dtype=bank.rows.dtype, device=bank.device).repeat(bank.size, 1, 1)
         self.seen = torch.zeros(bank.size, dtype=torch.float64, device=bank.device)
         self._before: list[Tensor] | None = None
         self._pinned: list[Tensor] | None = None
 
     def live(self) -> list[Tensor]:
         """What an undone write takes back."""
-        curvature = [] if self.curvature is None else [self.curvature, self.seen]
-        return [self.bank.rows, *self.moments, self.counts, *curvature]
+        metric = [] if self.curvature is None or self.inverse is None else [self.curvature, self.seen, self.inverse]
+        return [self.bank.rows, *self.moments, self.counts, *metric]
 
     @torch.no_grad()
-    def write(self, grad: Tensor, share: Tensor, curvature: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def write(
+        self, grad: Tensor, share: Tensor, curvature: tuple[Tensor, Tensor] | None = None, renew: bool = True
+    ) -> Tensor:
         """One update of the active memories, undone at once for those whose gradient or result is not finite.
 
         Args:
@@ -129,6 +143,7 @@ class Writer:
                 gradient comes from, so that a book's last few words do not move it as far as a thousand would.
                 With 0 a memory does not change at all.
             curvature: what `Curvature.take` returned of the same backward pass; it is added to what was seen before.
+            renew: make the metric anew of all that was seen, this included.
 
         Returns:
             [bank] bool: the memories whose write was undone; their `scale` is halved.
@@ -147,7 +162,7 @@ class Writer:
             grad = grad.masked_fill(frozen[..., None], 0.0)
         step = self.scale * share * self.settings.schedule(self.counts)
         self.counts += 1
-        delta = self._muon(grad) if self.settings.rule == "muon" else self._adamw(grad)
+        delta = self._muon(grad, renew) if self.settings.rule == "muon" else self._adamw(grad)
         active = share > 0
         self.bank.rows.sub_(delta.mul_(step[:, None, None].to(delta.dtype)))
         if self.settings.clip:
@@ -213,13 +228,13 @@ class Writer:
         scale = second.div(correct2).sqrt_().add_(s.eps)
         return first.div(correct1).div_(scale).mul_(s.lr)
 
-    def _muon(self, grad: Tensor) -> Tensor:
+    def _muon(self, grad: Tensor, renew: bool) -> Tensor:
         s = self.settings
         (velocity,) = self.moments
         frozen = self.bank.frozen_rows()
         velocity.mul_(s.momentum).add_(grad)
         ahead = grad.add(velocity, alpha=s.momentum)  # Nesterov
-        delta, inverse = torch.empty_like(ahead), self._inverse_curvature()
+        delta, inverse = torch.empty_like(ahead), self._metric(renew)
         for rows, rank in self.bank.runs():
             matrices = ahead[:, rows].unflatten(1, (-1, rank))
             # Orthogonal rows have length 1 up to rank = d_model; beyond it the columns have, so stretch them.
@@ -231,7 +246,7 @@ class Writer:
                 kinds = matrices.unflatten(1, (-1, self.bank.parts)), steps.unflatten(1, (-1, self.bank.parts))
                 (reads, values), (read_steps, value_steps) = (x.tensor_split([self.bank.parts - 1], 2) for x in kinds)
                 read_steps.copy_(orthogonalise(reads))
-                value_steps.copy_(orthogonalise(values, inverse(values)))
+                value_steps.copy_(orthogonalise(values, (values.flatten(1, -2) @ inverse).view(values.shape)))
             steps.mul_(length)
             if frozen is not None:  # only the slots that are written count
                 written = (~frozen[:, rows]).unflatten(1, (-1, rank)).sum(dim=-1).div(self.bank.d_model).clamp(min=1.0)
@@ -239,26 +254,21 @@ class Writer:
                 delta[:, rows].unflatten(1, (-1, rank)).mul_(shorter[..., None, None])
         return delta
 
-    def _inverse_curvature(self) -> Callable[[Tensor], Tensor] | None:
-        """x [bank, ..., d_model] to x C^-1, C the damped mean curvature of what each memory has read so far."""
-        damping = self.settings.damping
-        if self.curvature is None or damping is None or not perhaps(self.seen > 0):
+    def _metric(self, renew: bool) -> Tensor | None:
+        """[bank, d_model, d_model] C^-1, C the damped mean curvature of what each memory has read, up to a factor."""
+        if self.curvature is None or self.inverse is None or not perhaps(self.seen > 0):
             return None
-        # Of few tokens little is known: it counts as if some for each dimension had been seen that prefer no direction.
-        evenly = PRIOR_TOKENS * self.bank.d_model + damping * self.seen
-        damped = self.curvature + torch.diag_embed(
-            evenly.to(self.curvature.dtype)[:, None].expand(-1, self.bank.d_model)
-        )
-        # On CUDA one by one: what torch calls for several at once cannot be captured.
-        each = damped.split(1) if damped.is_cuda else [damped]
-        factors = [torch.linalg.cholesky_ex(some)[0] for some in each]
-
-        def solve(x: Tensor) -> Tensor:
-            flat = x.flatten(1, -2).mT
-            parts = zip(flat.split(factors[0].shape[0]), factors, strict=True)
-            return torch.cat([torch.cholesky_solve(part, factor) for part, factor in parts]).mT.reshape(x.shape)
-
-        return solve
+        if renew:
+            assert self.settings.damping is not None
+            # Of few tokens little is known: it counts as if some for each dimension had been seen that prefer no
+            # direction.
+            evenly = PRIOR_TOKENS * self.bank.d_model + self.settings.damping * self.seen
+            flat = evenly.to(self.curvature.dtype)[:, None].expand(-1, self.bank.d_model)
+            damped, one = self.curvature + torch.diag_embed(flat), torch.eye(self.bank.d_model).to(self.curvature)
+            # One by one: what torch calls for several at once cannot be captured.
+            for inverse, some in zip(self.inverse, damped, strict=True):
+                inverse.copy_(torch.cholesky_solve(one, torch.linalg.cholesky_ex(some)[0]))
+        return self.inverse
 
     # ---------------------------------------------------------------- resuming
 
@@ -268,6 +278,8 @@ class Writer:
         state |= {f"moment.{i}": m for i, m in enumerate(self.moments)}
         if self.curvature is not None:
             state |= {"curvature": self.curvature, "seen": self.seen}
+        if self.inverse is not None:
+            state |= {"inverse": self.inverse}
         if self._before is not None:
             state |= {f"before.{i}": t for i, t in enumerate(self._before)}
         return state
@@ -281,6 +293,8 @@ class Writer:
         if self.curvature is not None:
             self.curvature.copy_(state["curvature"])
             self.seen.copy_(state["seen"])
+        if self.inverse is not None:
+            self.inverse.copy_(state["inverse"])
         self._before = None
         if "before.0" in state:
             self._before = [state[f"before.{i}"].to(t.device, copy=True) for i, t in enumerate(self.live())]

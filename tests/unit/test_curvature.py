@@ -29,7 +29,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return token_nll(model(input_ids=ids[:, :-1]).logits, ids[:, 1:]).mean(dim=1)
 
 
-def expected(model: nn.Module, bank: Bank, ids: Tensor) -> Tensor:
+def expected(model: nn.Module, bank: Bank, ids: Tensor, stride: int = 1) -> Tensor:
     """[rows, d, d] by adding a nudge to every FFN's output, and differentiating with respect to it."""
     nudges: dict[int, Tensor] = {}
 
@@ -51,18 +51,18 @@ def expected(model: nn.Module, bank: Bank, ids: Tensor) -> Tensor:
     total = torch.zeros(len(ids), bank.d_model, bank.d_model, dtype=torch.float64)
     for gradient in gradients:
         for row, of_row in enumerate(gradient.reshape(len(ids), -1, bank.d_model)):
-            outer = sum((torch.outer(g, g) for g in of_row), torch.zeros(()))
+            outer = sum((torch.outer(g, g) for g in of_row[::stride]), torch.zeros(()))
             total[row] += outer / outer.trace() * bank.d_model / len(gradients)
     return total
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_it_is_the_second_moment_of_the_gradient_at_the_outputs(name: str) -> None:
+@pytest.mark.parametrize(("name", "stride"), [*((name, 1) for name in FAMILIES), ("qwen2", 4), ("opt", 2)])
+def test_it_is_the_second_moment_of_the_gradient_at_the_outputs(name: str, stride: int) -> None:
     model = model_of(name)
     bank = memory_for(model, size=2)
     ids = torch.stack([text(TOKENS + 1, seed) for seed in (1, 2)])
-    wanted = expected(model, bank, ids)
-    curvature = Curvature(bank, find_sites(model, bank.layers))
+    wanted = expected(model, bank, ids, stride)
+    curvature = Curvature(bank, find_sites(model, bank.layers), stride)
     bank.requires_grad_()
     with frozen(model), attached(model, bank, [0, 1]), curvature.watching([0, 1]):
         loss_of(model, ids).sum().backward(inputs=bank.leaves())  # no one asked
@@ -116,3 +116,29 @@ def test_unless_asked_for_and_with_adamw_nothing_is_gathered() -> None:
         assert reader.writer is not None
         assert reader.writer.curvature is None
         assert not any("curvature" in name for name in reader.state())
+
+
+@pytest.mark.parametrize(("chunk", "stride"), [(7, 1), (127, 1), (128, 2), (256, 4), (512, 8), (1024, 8)])
+def test_a_chunk_is_sampled_at_eight_tokens_apart_at_most_and_64_tokens_at_least(chunk: int, stride: int) -> None:
+    model: Any = model_of("qwen2")
+    model.config.max_position_embeddings = 4096
+    settings = ReadSettings(window=chunk + 8, chunk=chunk, write=READ.write)
+    reader = Reader(model, fresh(model, "qwen2"), [text(20)], settings, start_id=START)
+    assert reader._curvature is not None
+    assert reader._curvature.stride == stride
+
+
+def test_reading_renews_the_metric_as_its_settings_say() -> None:
+    """Chunks 0 to 3 and every second one; the number counts from where the reading begins."""
+    model = model_of("qwen2")
+    for first in (0, 5):
+        bank = fresh(model, "qwen2")
+        reader = Reader(model, bank, [text(70)], READ, start_id=START, first_token=first)
+        changed = []
+        while not reader.done:
+            assert reader.writer is not None
+            assert reader.writer.inverse is not None
+            before = reader.writer.inverse.clone()
+            reader.next_chunk()
+            changed.append(not torch.equal(reader.writer.inverse, before))
+        assert changed == [i < 4 or i % 2 == 0 for i in range(len(changed))]

@@ -25,7 +25,7 @@ from locas.write import WriteSettings
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-STAGES = [lambda inputs, _: inputs[0] + 1, lambda inputs, made: made * inputs[0]]
+STAGES = [[lambda inputs, _: inputs[0] + 1], [lambda inputs, made: made * inputs[0]]]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
             self.key, self._stages = key, stages
 
         def replay(self, inputs: Any) -> None:
-            self.made = self._stages[0](inputs, None)
+            self.made = self._stages[0][0](inputs, None)
 
     monkeypatch.setattr(graphs, "Graph", Computed)
     monkeypatch.setattr(graphs, "_random_state", lambda _: None)
@@ -141,6 +141,8 @@ def read(documents: int, spoil: int | None = None, **how: Any) -> tuple[Tensor, 
         (1, {"reuse": False, "steps": 2}),
         (1, {"reuse": False, "attention_gradient": "values"}),
         (1, {"reuse": False, "write": {"rule": "adamw", "lr": 0.01}}),
+        (1, {"reuse": False, "write": {"damping": 0.3, "damping_every": 2}}),
+        (3, {"reuse": True, "write": {"damping": 0.3, "damping_every": 2}, "spoil": 6}),
         (1, {"reuse": False, "learn": False}),
         (3, {"reuse": True, "learn": False}),
     ],
@@ -162,7 +164,7 @@ def test_replayed_chunks_are_what_would_have_run_on_cuda(
 def test_what_cannot_be_captured_leaves_cuda_as_it_was() -> None:
     own, x = Graphs(nn.Linear(1, 1)), torch.ones(3, device="cuda")
     with pytest.warns(UserWarning, match="without CUDA graphs"):
-        found = [own.run(0, [x], [lambda inputs, _: inputs[0].sum().item()], lambda: None) for _ in range(4)]
+        found = [own.run(0, [x], [[lambda inputs, _: inputs[0].sum().item()]], lambda: None) for _ in range(4)]
     assert found == [None] * 4
     assert torch.randn(3, device="cuda").isfinite().all()
     assert x.sum().item() == 3

@@ -35,8 +35,10 @@ def gradient(bank: Bank, seed: int, scale: float = 1.0) -> Tensor:
 
 def live(writer: Writer) -> dict[str, Tensor]:
     moments = {f"moment.{i}": moment for i, moment in enumerate(writer.moments)}
-    curvature = {} if writer.curvature is None else {"curvature": writer.curvature, "seen": writer.seen}
-    return {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, **moments, **curvature}
+    named = {"rows": writer.bank.rows, "counts": writer.counts, "scale": writer.scale, **moments}
+    metric = {"curvature": writer.curvature, "inverse": writer.inverse}
+    named |= {name: tensor for name, tensor in metric.items() if tensor is not None}
+    return named if writer.curvature is None else named | {"seen": writer.seen}
 
 
 def curvature(bank: Bank, seed: int, tokens: float = 100.0) -> tuple[Tensor, Tensor]:
@@ -309,6 +311,36 @@ def test_little_text_says_little_of_the_curvature() -> None:
         moved.append(bank.rows - make(1).rows)
     few, many = (float((x - moved[0]).norm() / moved[0].norm()) for x in moved[1:])
     assert 0 < few < 0.1 < many
+
+
+def test_the_metric_is_the_inverse_of_what_was_seen_when_it_was_made_anew() -> None:
+    bank = make(2)
+    writer = Writer(bank, WriteSettings(lr=0.01, damping=0.1))
+    seen = [curvature(bank, i, 400.0) for i in range(3)]
+    for number, renew in enumerate((True, False, False)):
+        writer.write(gradient(bank, number), flags(1, 1), seen[number], renew)
+    evenly = (4 * bank.d_model + 0.1 * 400) * torch.eye(bank.d_model, dtype=torch.float64)
+    expected = torch.linalg.inv(seen[0][0] + evenly)
+    torch.testing.assert_close(writer.inverse, expected, rtol=1e-10, atol=1e-14)
+    # What was gathered meanwhile counts at the next renewal, and only then.
+    twin = Writer(bank.clone(), writer.settings)
+    twin.load_state(writer.state())
+    before = bank.rows.clone()
+    writer.write(gradient(bank, 5), flags(1, 1), None, False)
+    twin.write(gradient(bank, 5), flags(1, 1), None, True)
+    evenly = (4 * bank.d_model + 0.1 * 1200) * torch.eye(bank.d_model, dtype=torch.float64)
+    torch.testing.assert_close(twin.inverse, torch.linalg.inv(sum(c for c, _ in seen) + evenly), rtol=1e-10, atol=1e-14)
+    moved = [w.bank.rows - before for w in (writer, twin)]
+    assert 1e-3 < float((moved[0] - moved[1]).norm() / moved[0].norm()) < 0.5
+
+
+def test_when_the_metric_is_made_anew() -> None:
+    often = WriteSettings(damping=0.1, damping_every=1)
+    assert all(often.renews(chunk) for chunk in range(50))
+    due = [chunk for chunk in range(40) if WriteSettings(damping=0.1, damping_every=8).renews(chunk)]
+    assert due == [*range(16), 16, 24, 32]
+    with pytest.raises(ValueError, match="damping_every must be 1"):
+        WriteSettings(damping_every=0)
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
