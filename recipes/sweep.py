@@ -102,6 +102,13 @@ def grids() -> dict[str, list[Entry]]:
                 read=replace(KEPT, chunk=128, write=replace(KEPT.write, hold=16)),
             ),
         ],
+        "metric": [  # of curvature: at how many writes it is made anew
+            Entry(
+                f"memorize, metric anew at one write in {n}",
+                read=replace(KEPT, write=replace(KEPT.write, damping_every=n)),
+            )
+            for n in (1, 8)
+        ],
         "kept chunk": [  # with the context kept, short chunks cost little more than long ones
             Entry(f"context kept, chunk {c}{more}", read=READ(reuse=True, chunk=c, write=write))
             for c, more, write in (
