@@ -31,6 +31,7 @@ _DTYPES = (torch.float32, torch.float64)
 _DTYPES_OF_VALUES = (*_DTYPES, torch.bfloat16)
 _HALF = (torch.bfloat16, torch.float16)
 _LEAST = 64 * 512  # queries times context keys; for fewer, torch's own attention is as fast
+_FURTHER = 8  # coordinates in a backward pass in half precision: 3 are used, and kernels like round numbers
 _ROWS = 128  # queries whose weights the backward pass holds at once
 _WORKSPACE = 1 << 20  # numbers that it holds at once, about: so many stay in a processor's cache
 
@@ -243,7 +244,8 @@ class _ChunkAverage(torch.autograd.Function):
         grad_value = grad.new_zeros(ctx.shape)
         own = grad_value[:, :, -query.shape[2] :]
         if not query.is_cuda:
-            _average_backward(grad, query, key.to(log_sum.dtype), log_sum, ctx.scale, own)
+            backward = _average_backward_half if query.dtype in _HALF else _average_backward
+            backward(grad, query, key, log_sum, ctx.scale, own)
         elif (fused := kernels()) is not None and query.shape[-1] in fused.HEAD_WIDTHS:
             fused.values_gradient(grad, query, key, log_sum, ctx.scale, own)
         else:
@@ -254,17 +256,41 @@ class _ChunkAverage(torch.autograd.Function):
 def _average_backward(
     grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, scale: float, grad_value: Tensor
 ) -> None:
-    """Adds the gradient of a chunk's own values to `grad_value`, which holds zeros."""
+    """Adds the gradient of a chunk's own values to `grad_value`, which holds zeros. In full precision."""
     chunk = query.shape[2]
     for first in range(0, chunk, _ROWS):
         last = min(first + _ROWS, chunk)
-        some = query[:, :, first:last].to(log_sum.dtype) * scale
+        some = query[:, :, first:last] * scale
         # Queries that share a key stand one after another.
         some = some.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         weights = (some @ key[:, :, :last].mT).view(*query.shape[:2], last - first, last)
         weights = weights.sub_(log_sum[:, :, first:last, None]).exp_()
         weights[..., first:].tril_()
-        grad_value[:, :, :last] += weights.to(grad.dtype).mT @ grad[:, :, first:last]
+        grad_value[:, :, :last] += weights.mT @ grad[:, :, first:last]
+
+
+def _average_backward_half(
+    grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, scale: float, grad_value: Tensor
+) -> None:
+    """The same with torch's own attention, whose sums are float32 and whose products are half precision's.
+
+    A value's gradient is sum_i exp(scale q_i k_j - log_sum_i) grad_i over the queries i from its own place j on. Short
+    of a division by the sum of these exponentials, that is attention of the keys to the queries, and causal if both are
+    turned round. The logarithms come in with the products: as further coordinates of the queries, in three parts, as
+    their dtype has few digits, beside ones of the keys.
+    """
+    batch, heads, chunk, width = query.shape
+    queries, keys, grads = turned = query.new_empty(3, batch, heads, chunk, width + _FURTHER)
+    turned[..., width:] = 0.0
+    for own, other in ((queries, query), (keys.unflatten(1, (key.shape[1], -1)), key.unsqueeze(2)), (grads, grad)):
+        own[..., :width] = other.flip(-2)
+    keys[..., width : width + 3] = 1.0
+    left = log_sum.flip(2) / -scale
+    for part in queries[..., width : width + 3].unbind(-1):
+        part.copy_(left)
+        left -= part
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(keys, queries, grads, 0.0, True, scale=scale)
+    torch.mul(out[..., :width].flip(2), sums.flip(2).exp_().to(out.dtype).unsqueeze(-1), out=grad_value)
 
 
 def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, ctx: Any) -> Tensor:

@@ -37,7 +37,8 @@ def head_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     Returns:
         [batch, seq] float32, or float64 for float64 states; 0 where the target is `IGNORED`.
     """
-    nll: Tensor = _HeadNLL.apply(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten())
+    states = hidden.flatten(0, 1).to(head.weight.dtype)  # another one only under autocast
+    nll: Tensor = _HeadNLL.apply(states, head.weight, head.bias, targets.flatten())
     return nll.view(targets.shape)
 
 
@@ -79,14 +80,22 @@ def _piece(
     """Fills in the loss of some tokens, and its gradient: sum_v p_v w_v - w_target."""
     tokens, exact = hidden.shape[0], nll.dtype
     entries = _PIECE_ENTRIES if hidden.device.type == "cpu" else _PIECE_ENTRIES_OFF_CPU
-    columns = max(_PIECE_VOCABULARY, entries // tokens)
+    columns = min(weight.shape[0], max(_PIECE_VOCABULARY, entries // tokens))
+    # In one place for all pieces: fresh memory costs a processor more than what is written there.
+    place = hidden.new_empty(tokens * columns)
+    place_exact = place if hidden.dtype == exact else nll.new_empty(tokens * columns)
     largest = nll.new_full((tokens, 1), torch.finfo(exact).min)  # not -inf, which a whole piece's logits may be
     total, target = nll.new_zeros(tokens, 1), nll.new_zeros(tokens, 1)
     # Of the exponentials, relative to the largest so far: sum_v p_v w_v times their sum.
     mean = None if grad is None else torch.zeros_like(hidden, dtype=exact)
     for first in range(0, weight.shape[0], columns):
         some = weight[first : first + columns]
-        logits = F.linear(hidden, some, None if bias is None else bias[first : first + columns]).to(exact)
+        raw = place[: tokens * some.shape[0]].view(tokens, -1)
+        if bias is None:
+            torch.mm(hidden, some.mT, out=raw)
+        else:
+            torch.addmm(bias[first : first + columns], hidden, some.mT, out=raw)
+        logits = raw if raw.dtype == exact else place_exact[: raw.numel()].view_as(raw).copy_(raw)
         where = targets[:, None] - first
         inside = (where >= 0) & (where < some.shape[0])
         target = torch.where(inside, logits.gather(1, where.clamp(0, some.shape[0] - 1)), target)
@@ -96,8 +105,7 @@ def _piece(
         if mean is not None and some.dtype == exact:
             mean.mul_(shrink).addmm_(powers, some)
         elif mean is not None:
-            mean.mul_(shrink).add_(powers.to(some.dtype) @ some)
-        del logits, powers  # before the next ones are made
+            mean.mul_(shrink).add_(raw.copy_(powers) @ some)
     nll.copy_((total.log() + largest - target)[:, 0])
     if grad is not None and mean is not None:
         grad.copy_(mean.div_(total).sub_(weight[targets]))

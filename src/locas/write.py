@@ -264,7 +264,8 @@ class Writer:
             # direction.
             evenly = PRIOR_TOKENS * self.bank.d_model + self.settings.damping * self.seen
             flat = evenly.to(self.curvature.dtype)[:, None].expand(-1, self.bank.d_model)
-            damped, one = self.curvature + torch.diag_embed(flat), torch.eye(self.bank.d_model).to(self.curvature)
+            damped = self.curvature + torch.diag_embed(flat)
+            one = torch.eye(self.bank.d_model, dtype=damped.dtype, device=damped.device)
             # One by one: what torch calls for several at once cannot be captured.
             for inverse, some in zip(self.inverse, damped, strict=True):
                 inverse.copy_(torch.cholesky_solve(one, torch.linalg.cholesky_ex(some)[0]))

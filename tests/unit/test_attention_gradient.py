@@ -145,12 +145,14 @@ def operands(dtype: torch.dtype, chunk: int = 130, context: int = 300) -> list[T
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-11), (torch.bfloat16, 0.02)],  # bfloat16 has eight binary digits
 )
-def test_averages_and_their_gradients(dtype: torch.dtype, tolerance: float) -> None:
+def test_averages_and_their_gradients(dtype: torch.dtype, tolerance: float, copies: int) -> None:
     query, key, value = operands(dtype)
+    key = key[:, ::copies].repeat_interleave(copies, dim=1)  # as grouped queries see them
     value.requires_grad_()
     out = chunk_attention(query, key, value, 300)
     assert out.dtype == dtype
