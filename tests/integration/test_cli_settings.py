@@ -1,6 +1,10 @@
 """The command line's presets and switches, against what the library makes of the same settings."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +54,26 @@ def _nll(output: Path, tale: Path, chunk: int) -> float:
     settings = locas.ReadSettings(window=32, chunk=chunk, start_in_every_window=False, write=write, **how)
     records = locas.read(backbone.model, memory, ids, settings, start_id=backbone.start_id)
     return float(torch.cat([r.nll for r in records]).double().sum())
+
+
+FAULTS = """
+import resource, sys, torch
+from locas.cli import main
+main(["info", "no-such-file"])
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    parts = [torch.ones(1 << 20) for _ in range(16)]  # 4 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment: dict[str, str], kept: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    faults = int(done.stderr.splitlines()[-1])
+    assert faults < 1000 if kept else faults > 10_000  # 64 MiB in pages of 4 KiB: 16,384

@@ -138,30 +138,34 @@ def reading(
 def methods_of(
     backbone: Backbone, settings: BenchSettings, ids: Tensor
 ) -> dict[str, Callable[[], Callable[[], object]]]:
-    """By name, what begins to read `ids` and returns what reads the next chunk, or the short ones in its place."""
+    """By name, what begins to read `ids` and returns what reads the next chunk, or the short ones in its place.
+
+    Reading begins so far into a text that what writes do more often at its beginning is over."""
     read = replace(settings.read, start_in_every_window=backbone.start_in_every_window)
     _, chunk = read.sizes(backbone.model)
     read = replace(read, chunk=chunk)
+    before = 2 * read.write.damping_every * chunk
+    document = torch.cat([ids.repeat(-(-before // ids.numel()))[:before], ids])
+
+    def reader(bank: Bank | None, **how: Any) -> Reader:
+        made = Reader(backbone.model, bank, [document], replace(read, **how), start_id=backbone.start_id)
+        made.position = before
+        return made
 
     def memory(layers: str, **how: Any) -> Callable[[], object]:
-        bank = new_bank(backbone, settings, ids, layers)
-        return Reader(backbone.model, bank, [ids], replace(read, **how), start_id=backbone.start_id).next_chunk
+        return reader(new_bank(backbone, settings, ids, layers), **how).next_chunk
 
     def short() -> Callable[[], object]:
-        bank, parts = new_bank(backbone, settings, ids), math.gcd(chunk, _SHORT)
-        own = replace(read, reuse=True, chunk=chunk // parts)
-        reader = Reader(backbone.model, bank, [ids], own, start_id=backbone.start_id)
-        return lambda: [record for _ in range(parts) for record in reader.next_chunk()]
-
-    def plain(reuse: bool) -> Callable[[], object]:
-        return Reader(backbone.model, None, [ids], replace(read, reuse=reuse), start_id=backbone.start_id).next_chunk
+        parts = math.gcd(chunk, _SHORT)
+        own = reader(new_bank(backbone, settings, ids), reuse=True, chunk=chunk // parts)
+        return lambda: [record for _ in range(parts) for record in own.next_chunk()]
 
     def learner(name: str) -> Callable[[], object]:
         chunks: Iterator[object] = make(name, backbone, read).read(ids)
         return lambda: next(chunks)
 
     return {
-        REFERENCE: lambda: plain(False),
+        REFERENCE: lambda: reader(None).next_chunk,
         "locas_exact": lambda: memory("all"),
         "locas_exact_upper": lambda: memory(settings.upper),
         "locas_exact_full": lambda: memory("all", attention_gradient="full"),
