@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers import fill, same_bytes
 from locas.bank import Bank, Variant
@@ -519,3 +521,30 @@ def test_state_round_trip_goes_on_bit_for_bit(rule: Rule, dtype: torch.dtype, st
 def test_errors_of_settings(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         WriteSettings(**arguments)
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses what a capture would: a copy between the host and the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor) and t.ndim > 0}
+        assert len(devices) <= 1, func
+        return made
+
+
+@pytest.mark.parametrize("renew", [False, True])
+@both
+def test_a_write_that_is_captured_stays_on_the_device(rule: Rule, renew: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without numbers stand in for a GPU's."""
+    for module in ("locas.write.is_captured", "locas.cuda.is_captured"):
+        monkeypatch.setattr(module, lambda: True)
+    bank = make(size=2, dtype=torch.float32).to("meta")
+    writer = Writer(bank, WriteSettings(rule=rule, damping=0.1))
+    writer.pin()
+    share = torch.ones(2, dtype=torch.float64, device="meta")
+    curvature = (torch.ones(2, D_MODEL, D_MODEL, device="meta"), share * 5) if rule == "muon" else None
+    with NothingFromTheHost():
+        failed = writer.write(torch.ones_like(bank.rows), share, curvature, renew)
+    assert failed.device.type == "meta"
+    assert failed.shape == (2,)
