@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _keep_freed_memory() -> None:
     """On Linux with glibc: what one chunk frees stays there for the next. Left to itself glibc gives most of it back,
-    and each page is fetched again, and filled with zeros, when it is next written to: 2 to 7% of a chunk's time.
+    and each page is fetched again, and filled with zeros, when it is next written to: up to 7% of a chunk learnt.
     Whoever set malloc up through the environment is not overruled."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
