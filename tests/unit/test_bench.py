@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from locas.backbone import load_backbone
 from locas.cli import main
-from locas.evaluate import bench, bench_scaling, shapes
+from locas.evaluate import bench, bench_scaling, provenance, shapes
 from locas.evaluate.bench import BenchSettings, Timing
 from locas.write import WriteSettings
 
@@ -196,3 +197,19 @@ def test_several_backbones_and_a_profile(
 def test_wrong_input(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--json", *args]) == 2
     assert message in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx512_bf16\n\nmodel name\t: AMD EPYC\n", "AMD EPYC (avx512_bf16)"),
+        ("model name : Xeon, old\nflags : amx_bf16 avx512_bf16\n", "Xeon  old (amx_bf16)"),
+        ("processor : 0\nFeatures : asimd bf16 i8mm\n", f"{platform.machine()} (bf16)"),
+        ("processor : 0\n", platform.machine()),
+    ],
+)
+def test_a_processor_is_named_with_what_multiplies_bfloat16(tmp_path: Path, cpuinfo: str, expected: str) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(cpuinfo)
+    assert provenance._processor(path) == expected
+    assert provenance._processor(tmp_path / "absent") == platform.machine()

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from locas._version import __version__
 from locas.backbone import Backbone
 
 _SAMPLE = 65_536  # numbers of each weight that go into `weights_sha256`
+_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")  # instructions, as Linux names them; the last one is Arm's
 _PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 
@@ -38,13 +40,26 @@ def environment(backbone: Backbone) -> dict[str, Any]:
 
 
 def device_name(backbone: Backbone) -> str:
-    """What it ran on, e.g. "x86_64 CPU, 2 cores, 1 threads"."""
+    """What it ran on, e.g. "AMD EPYC (avx512_bf16) CPU, 2 cores, 1 threads"."""
     device = next(backbone.model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        return f"{_processor()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return device.type
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """A CPU's model and its fastest instructions for products of bfloat16, on which speed hangs most; the architecture
+    where no model is named."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    facts = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.+)$", text, re.MULTILINE))
+    name = facts.get("model name", platform.machine()).replace(",", " ").removesuffix(" CPU")
+    able = {*facts.get("flags", "").split(), *facts.get("Features", "").split()}
+    return name + next((f" ({flag})" for flag in _BFLOAT16 if flag in able), "")
 
 
 def weights_sha256(model: Any) -> str:
