@@ -24,14 +24,16 @@ def reading(rule: Rule = "muon", steps: int = 1, **more: Any) -> ReadSettings:
     return ReadSettings(window=17, chunk=7, steps=steps, write=write, **more)
 
 
-def learn(model: nn.Module, bank: Bank, gradient: AttentionGradient = "full") -> tuple[Tensor, Tensor]:
+def learn(
+    model: nn.Module, bank: Bank, gradient: AttentionGradient = "full", recompute_ffn: bool = False
+) -> tuple[Tensor, Tensor]:
     """The losses of a chunk behind a prefix, and the memory's gradient."""
     ids = torch.stack([text(PREFIX + CHUNK + 1, seed) for seed in (1, 2)])
     head = find_head(model)
     with frozen(model), attached(model, bank, [0, 0]):
         bank.requires_grad_()
         prefix = read_prefix(model, ids[:, :PREFIX])
-        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head, gradient)
+        nll = chunk_nll(model, ids[:, PREFIX:-1], ids[:, PREFIX + 1 :], prefix, head, gradient, recompute_ffn)
         nll.sum().backward(inputs=bank.leaves())
         assert bank.grad is not None
         grad = bank.grad

@@ -74,6 +74,7 @@ def chunk_nll(
     prefix: dict[str, Any],
     head: nn.Linear | None,
     gradient: AttentionGradient = "full",
+    recompute_ffn: bool = False,
 ) -> Tensor:
     """Loss in nats of the chunk's targets, with gradients where the caller has them on.
 
@@ -84,13 +85,14 @@ def chunk_nll(
         prefix: what `read_prefix` returned.
         head: what `find_head` returned.
         gradient: what of attention the gradients go through, where `attention_is_torchs`.
+        recompute_ffn: see `ReadSettings`.
 
     Returns:
         [batch, seq] float32 or better; 0 where the target is `IGNORED`.
     """
     with (
         ChunkAttention(gradient, _SEEN.setdefault(model, {})),
-        recomputed() if torch.is_grad_enabled() else nullcontext(),
+        recomputed(recompute_ffn) if torch.is_grad_enabled() else nullcontext(),
     ):
         output = call(model if head is None else decoder(model), inputs, **prefix)
     return token_nll(output.logits, targets) if head is None else head_nll(output.last_hidden_state, head, targets)

@@ -260,7 +260,8 @@ class Reader:
     def _pass(self, inputs: Tensor, targets: Tensor, *given: Tensor) -> list[Tensor]:
         """Each target's loss, each document's mean loss, and what the prefix may keep."""
         context = self._prefix.context(*given)
-        nll = chunk_nll(self.model, inputs, targets, context, self._head, self._attention_gradient)
+        how = self._attention_gradient, self.settings.recompute_ffn
+        nll = chunk_nll(self.model, inputs, targets, context, self._head, *how)
         counts = (targets != IGNORED).sum(dim=1).clamp(min=1)
         return [nll, nll.sum(dim=1) / counts, *self._prefix.left(context)]
 

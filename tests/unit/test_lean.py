@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +22,19 @@ from locas import forward, lean, sites
 from locas.attach import attached
 from locas.evaluate.memory_use import peak_bytes
 from locas.forward import chunk_nll, frozen
-from readings import CHUNK, learn
+from locas.stream import Reader
+from readings import CHUNK, READ, learn
 
 ModelOf = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture
 def wasteful(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Turns both savings off."""
+    """Turns all savings off."""
 
     def off() -> None:
         monkeypatch.setattr(forward, "ChunkAttention", lambda *_: nullcontext())
-        monkeypatch.setattr(forward, "recomputed", nullcontext)
+        monkeypatch.setattr(forward, "recomputed", lambda _: nullcontext())
 
     return off
 
@@ -45,11 +48,12 @@ def test_every_familys_losses_and_gradients_are_the_same(
 ) -> None:
     model = tiny_model(name).to(dtype)
     bank = memory_for(model)
-    lean_nll, lean_grad = learn(model, bank)
+    lean = [learn(model, bank, recompute_ffn=recompute_ffn) for recompute_ffn in (False, True)]
     wasteful()
     nll, grad = learn(model, bank)
-    assert same_bytes(lean_nll, nll)
-    assert same_bytes(lean_grad, grad)
+    for lean_nll, lean_grad in lean:
+        assert same_bytes(lean_nll, nll)
+        assert same_bytes(lean_grad, grad)
     assert grad.abs().max() > 0
 
 
@@ -65,35 +69,94 @@ def test_less_is_kept(name: str, wasteful: Callable[[], None]) -> None:
     assert more - less >= 8 * 2 * (2 * 11 * 37) * 0.8
 
 
+@pytest.mark.parametrize(("name", "made"), [("qwen3", 2), ("granite", 2), ("gemma", 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gate_and_up_are_made_again_where_that_is_asked_for(
+    name: str, made: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(name).to(dtype)
+    bank, kept, products = memory_for(model), {}, []
+    pack, multiply = lean._Lean.pack, lean._Lean._multiply
+
+    def noted(self: lean._Lean, tensor: Tensor) -> Any:
+        packed = pack(self, tensor)
+        if isinstance(packed, Tensor):
+            kept[packed.data_ptr()] = packed
+        return packed
+
+    def counted(*args: Any, **more: Any) -> Tensor:
+        products.append(multiply(*args, **more))
+        return products[-1]
+
+    monkeypatch.setattr(lean._Lean, "pack", noted)
+    monkeypatch.setattr(lean._Lean, "_multiply", counted)
+    learn(model, bank)
+    assert not products
+    sizes = [t.shape for t in kept.values()]
+    kept.clear()
+    learn(model, bank, recompute_ffn=True)
+    layers = model.config.num_hidden_layers - 1  # the lowest layer's FFN has no gradient
+    fewer = sizes.count(torch.Size([2, 11, 37])) - [t.shape for t in kept.values()].count(torch.Size([2, 11, 37]))
+    assert fewer == layers * made
+    assert len(products) == layers * made // 2 * 3  # the gate twice
+
+
+def test_a_reader_learns_the_same(model_of: ModelOf) -> None:
+    model, ids = model_of("qwen3"), text(40)
+    banks = [memory_for(model) for _ in range(2)]
+    for bank, recompute_ffn in zip(banks, (False, True), strict=True):
+        list(Reader(model, bank, [ids], replace(READ, recompute_ffn=recompute_ffn)))
+    assert same_bytes(banks[0].rows, banks[1].rows)
+    assert not same_bytes(banks[0].rows, memory_for(model).rows)
+
+
+def test_a_gate_is_multiplied_once_for_both_of_its_uses() -> None:
+    norm, gate = Qwen3RMSNorm(37).requires_grad_(False), torch.nn.Linear(37, 53, bias=False).requires_grad_(False)
+    hidden = torch.linspace(-5, 5, 370).view(1, 10, 37).requires_grad_() * 1
+    keeper = lean._Lean(products=True)
+    made = gate(norm(hidden))
+    act = F.silu(made)
+    of_act, of_gate = keeper.pack(act), keeper.pack(made)
+    again = [keeper.unpack(packed) for packed in (of_act, of_gate)]
+    assert same_bytes(again[0], act)
+    assert same_bytes(again[1], made)
+    (kept,) = (t for t in keeper._made.values() if t.shape == hidden.shape)  # the gate is let go
+    assert same_bytes(kept, norm(hidden).detach())
+    assert isinstance(lean._Lean().pack(made), Tensor)
+    trained = torch.nn.Linear(37, 53, bias=False)(norm(hidden))
+    biased = torch.nn.Linear(37, 53).requires_grad_(False)(norm(hidden))
+    assert all(isinstance(keeper.pack(t), Tensor) for t in (trained, biased, gate(hidden)))
+
+
 @pytest.mark.parametrize("act", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")])
 def test_an_activation_is_kept_as_its_input_and_made_again(act: Callable[[Tensor], Tensor]) -> None:
     gate = torch.linspace(-5, 5, 1013, dtype=torch.float64).requires_grad_()
-    made, pack = act(gate), lean._Pack()
-    packed = pack(made)
+    made, keeper = act(gate), lean._Lean()
+    packed = keeper.pack(made)
     assert isinstance(packed, partial)
-    assert packed.args[0].data_ptr() == gate.data_ptr()
-    assert same_bytes(lean._unpack(packed), made)
+    assert packed.args[1].data_ptr() == gate.data_ptr()
+    assert same_bytes(keeper.unpack(packed), made)
     for other in (gate, gate.tanh()):
-        packed = pack(other)
+        packed = keeper.pack(other)
         assert isinstance(packed, Tensor)
         assert packed.data_ptr() == other.data_ptr()
-        assert lean._unpack(packed) is packed
+        assert keeper.unpack(packed) is packed
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_a_wider_copy_is_kept_as_what_it_was_made_of(half: torch.dtype) -> None:
     hidden = torch.linspace(-5, 5, 1013).to(half).requires_grad_() * 1
-    wider, pack = hidden.float(), lean._Pack()
-    packed = pack(wider)
+    wider, keeper = hidden.float(), lean._Lean()
+    packed = keeper.pack(wider)
     assert isinstance(packed, partial)
     assert packed.func.__self__.dtype == half
-    assert same_bytes(lean._unpack(packed), wider)
-    assert isinstance(pack(wider.mean().rsqrt()), Tensor)
-    assert pack(wider) is packed  # a norm keeps it for its square and, after that, for its product
+    assert same_bytes(keeper.unpack(packed), wider)
+    assert isinstance(keeper.pack(wider.mean().rsqrt()), Tensor)
+    assert keeper.pack(wider) is packed  # a norm keeps it for its square and, after that, for its product
     narrower = (torch.linspace(0, 1, 1013).requires_grad_() * 1).to(half).float()
-    assert same_bytes(lean._unpack(pack(narrower)), narrower)
+    assert same_bytes(keeper.unpack(keeper.pack(narrower)), narrower)
     down = (torch.linspace(0, 1, 1013).requires_grad_() * 1).to(half)
-    assert isinstance(pack(down), Tensor)
+    assert isinstance(keeper.pack(down), Tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,21 +166,23 @@ def test_a_norms_output_is_made_again(dtype: torch.dtype, flat: bool) -> None:
     torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
     made = norm(torch.linspace(-5, 5, 370).view(1, 10, 37).to(dtype).requires_grad_() * 1)
     made = made.view(10, 37) if flat else made
-    packed = lean._Pack()(made)
+    keeper = lean._Lean()
+    packed = keeper.pack(made)
     assert isinstance(packed, partial)
-    assert same_bytes(lean._unpack(packed), made)
+    assert same_bytes(keeper.unpack(packed), made)
     trained = norm.requires_grad_()(torch.linspace(-5, 5, 370).view(1, 10, 37).to(dtype).requires_grad_() * 1)
-    assert isinstance(lean._Pack()(trained), Tensor)
+    assert isinstance(keeper.pack(trained), Tensor)
 
 
-def test_a_graph_without_a_backward_pass_is_given_back(model_of: ModelOf) -> None:
+@pytest.mark.parametrize("recompute_ffn", [False, True])
+def test_a_graph_without_a_backward_pass_is_given_back(model_of: ModelOf, recompute_ffn: bool) -> None:
     """Softmax, norms and attention keep their own outputs: held as they are, they would hold themselves for ever."""
     model = model_of("qwen3")
     ids = text(CHUNK + 1)[None]
 
     def score() -> None:
         with attached(model, bank):
-            nll = chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None)
+            nll = chunk_nll(model, ids[:, :-1], ids[:, 1:], {}, None, recompute_ffn=recompute_ffn)
         assert nll.requires_grad
 
     bank = memory_for(model).requires_grad_()

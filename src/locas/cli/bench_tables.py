@@ -14,6 +14,7 @@ NAMES = {
     "truncation": "read only (truncated window)",
     "locas_exact": "read + learn, window recomputed",
     "locas_exact_upper": "the same, memory in some layers",
+    "locas_exact_lean": "the same, all layers, FFNs recomputed in the backward pass",
     "locas_exact_full": "the same, all layers, full gradient through attention",
     "locas_reuse": "read + learn, context kept",
     "locas_reuse_upper": "the same, memory in some layers",

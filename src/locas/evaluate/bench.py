@@ -168,6 +168,7 @@ def methods_of(
         REFERENCE: lambda: reader(None).next_chunk,
         "locas_exact": lambda: memory("all"),
         "locas_exact_upper": lambda: memory(settings.upper),
+        "locas_exact_lean": lambda: memory("all", recompute_ffn=True),
         "locas_exact_full": lambda: memory("all", attention_gradient="full"),
         "locas_reuse": lambda: memory("all", reuse=True),
         "locas_reuse_upper": lambda: memory(settings.upper, reuse=True),

@@ -13,6 +13,7 @@ _LABELS = {
     "truncation": "read only",
     "locas_exact": "Locas, exact window",
     "locas_exact_upper": "Locas, exact, upper layers",
+    "locas_exact_lean": "Locas, exact, FFNs recomputed",
     "locas_exact_full": "Locas, exact, full attention gradient",
     "locas_reuse": "Locas, context kept",
     "locas_reuse_upper": "Locas, context kept, upper layers",

@@ -184,7 +184,7 @@ class Setup:
         """Its settings, for keys and result files. Without a memory nothing is said of how one would be written."""
         settings = asdict(self)
         if self.init is None:
-            for name in ("steps", "attention_gradient", "fill_eps", "write"):
+            for name in ("steps", "attention_gradient", "recompute_ffn", "fill_eps", "write"):
                 del settings["read"][name]
         if self.anchor is None:
             del settings["anchor"]
@@ -272,7 +272,8 @@ def _memory_setup(setup: Setup, backbone: Backbone, left: dict[str, Any]) -> tup
     if name == "locas-paper":
         init = PRESETS["paper"].init
     of_init = [f.name for f in fields(InitSettings) if f.name != "seed"]
-    of_write, of_read = [f.name for f in fields(WriteSettings)], ["steps", "fill_eps", "attention_gradient"]
+    of_write = [f.name for f in fields(WriteSettings)]
+    of_read = ["steps", "fill_eps", "attention_gradient", "recompute_ffn"]
     layers = str(left.pop("layers", "all"))
     parse_layers(layers, len(find_sites(backbone.model)))
     anchor = _anchor(name, left.pop("anchor", None))
