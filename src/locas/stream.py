@@ -361,6 +361,7 @@ class Reader:
         undone because something was not finite."""
         assert self.bank is not None
         assert self.writer is not None
+        self._ready(window)  # what is replayed needs no model, this does
         self.writer.remember(filling)
         keys, values = stepwise_rows(self.model, self.sites, window.inputs, window.prefix_tokens, window.targets)
         eps, filled = self.settings.fill_eps, [0] * len(window.rows)

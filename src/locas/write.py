@@ -29,7 +29,7 @@ Rule = Literal["muon", "adamw"]
 # [0.7, 1.2] after five rounds, whatever they were, as long as they are not vanishingly small.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
-PRIOR_TOKENS = 4.0  # for each dimension, see `Writer._inverse_curvature`
+PRIOR_TOKENS = 4.0  # for each dimension, see `Writer._metric`
 
 
 @dataclass(frozen=True)
