@@ -44,21 +44,18 @@ def recomputed(products: bool = False) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(lean.pack, lean.unpack):
             yield
     finally:
-        lean.numbers.clear()  # the graph holds what holds it
+        lean.close()
 
 
 class _Lean:
-    """What is kept of one graph.
-
-    Attributes:
-        numbers: while the graph is made: of those of its nodes whose results several others keep.
-    """
+    """What is kept of one graph."""
 
     def __init__(self, products: bool = False) -> None:
         self._products = products
         # The last tensor that something smaller is kept of: a norm's square and its product keep the same one.
         self._last: tuple[Callable[[], Tensor | None], _Packed] = (lambda: None, torch.empty(0))
-        self.numbers: dict[Any, int] = {}
+        # While the graph is made: of those of its nodes whose results several others keep.
+        self._numbers: dict[Any, int] = {}
         self._made: dict[int, Tensor] = {}  # in the backward pass: results of nodes, by their numbers
 
     def pack(self, kept: Tensor) -> _Packed:
@@ -75,6 +72,11 @@ class _Lean:
             return kept.detach()
         self._last = (weakref.ref(kept), smaller)
         return smaller
+
+    def close(self) -> None:
+        """The graph is made: what holds this is held no more here, where only the garbage collector would see it."""
+        self._numbers.clear()
+        self._last = (lambda: None, torch.empty(0))
 
     @torch.no_grad()
     def unpack(self, packed: _Packed) -> Tensor:
@@ -164,7 +166,7 @@ class _Lean:
         return result
 
     def _number(self, node: Any) -> int:
-        return self.numbers.setdefault(node, len(self.numbers))
+        return self._numbers.setdefault(node, len(self._numbers))
 
 
 __all__ = ["recomputed"]
