@@ -18,7 +18,7 @@ This needs a backbone that knows positions by their distances only (rotary embed
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +78,9 @@ class RecomputedPrefix:
         """Nothing."""
 
     def keep(self) -> None:
+        """Nothing."""
+
+    def drop(self, rows: Collection[int]) -> None:
         """Nothing."""
 
     def forget(self) -> None:
@@ -223,6 +226,17 @@ class KeptPrefix:
             else:
                 left = [t.clone() for t in left]
         self._kept = replace(reading, keys=list(left[::2]), values=list(left[1::2]))
+
+    def drop(self, rows: Collection[int]) -> None:
+        """Lets these documents' context go: of one that failed it is not finite, and would not be loaded again."""
+        kept = self._kept
+        left = [] if kept is None else [row for row in kept.rows if row not in rows]
+        if kept is None or not left:
+            self._kept = None
+        elif left != kept.rows:
+            some = ([_pick(t, kept.rows, left) for t in each] for each in (kept.keys, kept.values, kept.sinks))
+            keys, values, sinks = some
+            self._kept = replace(kept, keys=keys, values=values, sinks=sinks, rows=left)
 
     def forget(self) -> None:
         """Recomputes the window at the next chunk."""

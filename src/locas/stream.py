@@ -184,6 +184,7 @@ class Reader:
             else:
                 nll, *written = self._score_and_write(window)
             self._prefix.keep()
+            self._prefix.drop(self.failed)
         self.position = window.start + self.chunk_tokens
         return self._records(window, nll, written, time.perf_counter() - began)
 

@@ -98,7 +98,12 @@ def test_with_kept_context_a_document_that_fails_does_not_touch_the_others() -> 
         bank = fresh(model, "llama", 2)
         reader = Reader(model, bank, [clean_ids(59, 1), bad], settings, start_id=START, on_failure="drop")
         assert reader.reuses
-        chunks = list(reader)
+        chunks = []
+        for records in reader:
+            chunks.append(records)
+            kept = {name: t for name, t in reader.state().items() if name.startswith("prefix.")}
+            assert kept
+            assert all(t.isfinite().all() for t in kept.values())  # or a run saved here could not be resumed
         alone = fresh(model, "llama")
         single = list(Reader(model, alone, [clean_ids(59, 1)], settings, start_id=START))
         # Norms are float32 in this family; recomputing one window changes the third digit.
