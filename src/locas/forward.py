@@ -11,6 +11,7 @@ has a graph, so a write costs one backward pass over the chunk, not over the win
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -214,6 +215,18 @@ def attention_is_torchs(model: nn.Module) -> bool:
     return known[which]
 
 
+def possible_gradient(gradient: AttentionGradient, model: nn.Module) -> AttentionGradient:
+    """What was asked for, or the full gradient, with a warning, where the backbone does not leave the choice."""
+    if gradient == "full" or attention_is_torchs(model):
+        return gradient
+    warnings.warn(
+        f"{type(model).__name__} does not compute attention with torch's scaled_dot_product_attention, so writes take "
+        'the full gradient through it (attention_gradient "full"), which is slower',
+        stacklevel=3,
+    )
+    return "full"
+
+
 def positions_are_relative(model: nn.Module, reach: int) -> bool:
     """Whether shifting all positions by `reach` leaves the first layer's output as it is, up to rounding: found out by
     running a few tokens. False for learnt or sinusoidal positions, and where there is an end to the positions.
@@ -289,6 +302,7 @@ __all__ = [
     "in_windows",
     "input_embedding",
     "positions_are_relative",
+    "possible_gradient",
     "read_prefix",
     "token_nll",
     "trained_context",

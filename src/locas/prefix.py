@@ -234,8 +234,8 @@ class KeptPrefix:
         if kept is None or not left:
             self._kept = None
         elif left != kept.rows:
-            some = ([_pick(t, kept.rows, left) for t in each] for each in (kept.keys, kept.values, kept.sinks))
-            keys, values, sinks = some
+            parts = (kept.keys, kept.values, kept.sinks)
+            keys, values, sinks = ([_pick(t, kept.rows, left) for t in part] for part in parts)
             self._kept = replace(kept, keys=keys, values=values, sinks=sinks, rows=left)
 
     def forget(self) -> None:

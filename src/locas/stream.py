@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -22,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from locas.attach import attached, check_fit
-from locas.attention import AttentionGradient
 from locas.bank import Bank
 from locas.curvature import Curvature
-from locas.forward import IGNORED, attention_is_torchs, chunk_nll, device_of, find_head, frozen
+from locas.forward import IGNORED, chunk_nll, device_of, find_head, frozen, possible_gradient
 from locas.graphs import Graph, Stage, graphs_for
 from locas.initialise import empty_slots, fill_slots, stepwise_rows
 from locas.prefix import KeptPrefix, prefix_for
@@ -125,7 +123,7 @@ class Reader:
             stride = max(1, min(_SPARSE, self.chunk_tokens // _SAMPLED))
             self._curvature = Curvature(bank, self.sites, stride)
         self._head = find_head(model)
-        self._attention_gradient = _possible(settings.attention_gradient, model) if learns else "full"
+        self._attention_gradient = possible_gradient(settings.attention_gradient, model) if learns else "full"
         everywhere = settings.start_in_every_window is not False
         self._layout = Layout(self.window_tokens, self.chunk_tokens, start_id, everywhere)
         first = [d[: settings.sinks].to(self.device) for d in self.documents]
@@ -483,18 +481,6 @@ class Reader:
                     f"this state holds {name} of {have}, the reader needs {want}; resume with the settings that the "
                     "run was started with"
                 )
-
-
-def _possible(gradient: AttentionGradient, model: nn.Module) -> AttentionGradient:
-    """What was asked for, or the full gradient, with a warning, where the backbone does not leave the choice."""
-    if gradient == "full" or attention_is_torchs(model):
-        return gradient
-    warnings.warn(
-        f"{type(model).__name__} does not compute attention with torch's scaled_dot_product_attention, so writes take "
-        'the full gradient through it (attention_gradient "full"), which is slower',
-        stacklevel=3,
-    )
-    return "full"
 
 
 def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
