@@ -164,7 +164,7 @@ def test_an_exception_in_the_middle_leaves_the_backbone_as_it_was(name: str) -> 
     unchanged()
 
 
-@pytest.mark.parametrize("name", ["templora-tuned", "dynamic"])
+@pytest.mark.parametrize("name", ["templora-tuned", "lora-pissa", "lora-eva", "dynamic"])
 def test_bfloat16_weights_are_trained_in_float32_and_come_back(name: str) -> None:
     of = backbone(dtype=torch.bfloat16)
     unchanged = Unchanged(of)
@@ -172,9 +172,13 @@ def test_bfloat16_weights_are_trained_in_float32_and_come_back(name: str) -> Non
     assert isinstance(learner, WeightLearner)
     for record in learner.read(text(N)):
         assert record.nll.isfinite().all()
-    assert {p.dtype for p in learner._open_change().masters} == {torch.float32}
+    change = learner._open_change()
+    assert {p.dtype for p in change.masters} == {torch.float32}
     with learner.active():
-        assert {p.dtype for p in of.model.parameters()} <= {torch.bfloat16, torch.float32}
+        assert {p.dtype for p in of.model.parameters()} == {torch.bfloat16}
+        for learnt, master in zip(change.trained, change.masters, strict=True):
+            assert torch.equal(learnt, master.bfloat16())
+            assert not torch.equal(learnt.float(), master)
     learner.close()
     unchanged()
 

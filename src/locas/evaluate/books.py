@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -37,8 +38,8 @@ from locas.stream import ChunkRecord, Reader, ReadSettings
 
 REFERENCE = "truncation"  # what time and memory are relative to
 LOSSES_FORMAT = "locas-losses"
-_PROFILED = 2  # this chunk's memory is measured; earlier ones may still allocate optimisers
-_TIMED_FIRST, _TIMED_EVERY = 16, 8  # truncated reading is timed on the first chunks, then on every n-th
+_TIMED_FIRST, _TIMED_EVERY = 16, 7  # truncated reading is timed on the first chunks, then on every n-th: at seven, that
+# is out of step with what a write does at every second, fourth or eighth chunk
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,16 @@ class _ReferenceTimer:
         settings = replace(settings, reuse=False)  # it jumps from place to place
         self.reader = Reader(backbone.model, None, [ids], settings, start_id=backbone.start_id)
         self.device = self.reader.device
-        self.n_chunks = -(-ids.numel() // unit.setup.read.sizes(backbone.model)[1])
-        self.profiled = min(_PROFILED, self.n_chunks - 1)
+        window, chunk = unit.setup.read.sizes(backbone.model)
+        self.n_chunks = -(-ids.numel() // chunk)
+        self.profiled = _fullest(unit.setup, window, chunk, ids.numel() // chunk)
         self.needed = unit.method.label != REFERENCE
         self.tokens: list[float] = []
         self.seconds: list[float] = []
 
     def chunk(self, i: int, start: int) -> None:
         """After chunk i, which begins at `start`, of the method: reads the same place, if it is among those timed."""
-        often = 0 < i <= _TIMED_FIRST or i % _TIMED_EVERY == 0 or self.n_chunks <= 2
+        often = 0 < i <= _TIMED_FIRST or (i > 0 and i % _TIMED_EVERY == 0) or self.n_chunks <= 2
         if not (self.needed and often and i != self.profiled):
             self.tokens.append(math.nan)
             self.seconds.append(math.nan)
@@ -125,6 +127,17 @@ class _ReferenceTimer:
         assert record is not None
         self.seconds.append(_since(began, self.device))
         self.tokens.append(record.stop - record.start)
+
+
+def _fullest(setup: Setup, window: int, chunk: int, whole: int) -> int:
+    """The chunk whose peak of memory stands for all: the first whose window is full, with the context that is kept
+    (and whatever optimisers allocate at first), and which makes the metric of curvature anew; of a text of so few
+    `whole` chunks that there is none, the last whole one."""
+    full = -(-window // chunk) + 1
+    write = setup.read.write
+    curved = setup.init is not None and write.curved
+    found = next(i for i in itertools.count(full) if not curved or write.renews(i))
+    return max(0, min(found, whole - 1))
 
 
 class BooksRun:
@@ -329,14 +342,22 @@ def _beginning(tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
 
 
 def relative_time(tensors: dict[str, Tensor]) -> float:
-    """Seconds a token, over those of truncated reading, on the chunks where both were timed; NaN if there are none."""
-    plain = tensors["reference_seconds"]
-    timed = ~plain.isnan()
-    if not bool(timed.any()):
+    """Seconds a token, over those of truncated reading, on the chunks where both were timed; NaN if there are none.
+
+    Each of them stands for those before it that were not timed, too, so that a long text is not judged by its
+    beginning, which is timed chunk by chunk.
+    """
+    timed = torch.nonzero(~tensors["reference_seconds"].isnan()).flatten()
+    if not timed.numel():
         return math.nan
+    stands_for = timed.diff(prepend=timed.new_full((1,), -1)).double()
+
+    def total(values: Tensor) -> float:
+        return float((values[timed] * stands_for).sum())
+
     tokens = tensors["stops"].diff(prepend=tensors["stops"].new_zeros(1)).double()
-    mine = tensors["seconds"][timed].sum() / tokens[timed].sum()
-    return float(mine / (plain[timed].sum() / tensors["reference_tokens"][timed].sum()))
+    mine = total(tensors["seconds"]) / total(tokens)
+    return mine / (total(tensors["reference_seconds"]) / total(tensors["reference_tokens"]))
 
 
 def slot_norms(learner: Learner) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ class Change(Protocol):
 
     @property
     def masters(self) -> list[nn.Parameter]:
-        """What the optimiser steps on, in float32 or better; the same objects where `trained` is."""
+        """What the optimiser steps on, in float32 or better; of the same storage where what is learnt is so, too."""
 
     def see(self, inputs: Tensor) -> None:
         """Takes the inputs [1, seq] of the first chunk, once it has been scored, to initialise from."""
@@ -60,8 +60,7 @@ class Weights:
         self.chosen = chosen
         self.originals = [p.data for p in chosen]
         self.learnt = [p.data.clone() for p in chosen]
-        # A step on bfloat16 weights is mostly rounded away, so the sums are kept in float32.
-        self._masters = [nn.Parameter(t if t.dtype in _EXACT else t.float()) for t in self.learnt]
+        self._masters = _masters(self.learnt)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -74,11 +73,8 @@ class Weights:
     def see(self, inputs: Tensor) -> None:
         """Nothing to initialise: training begins at the backbone's weights."""
 
-    @torch.no_grad()
     def stepped(self) -> None:
-        for learnt, master in zip(self.learnt, self._masters, strict=True):
-            if learnt.data_ptr() != master.data_ptr():
-                learnt.copy_(master)
+        _round(self._masters, self.learnt)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -113,9 +109,8 @@ class Lora:
         self.adapters = [p for *_, lora in self._pairs for p in _adapter_parameters(lora)]
         for *_, lora in self._pairs:
             lora.train(model.training)  # a fresh module begins in training mode, its dropout with it
-        for parameter in self.adapters:
-            if parameter.dtype not in _EXACT:
-                parameter.data = parameter.data.float()
+        # Beside weights in bfloat16 adapters compute in bfloat16, as where TempLoRA's own code runs them.
+        self._masters = _masters([p.data for p in self.adapters])
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -123,10 +118,10 @@ class Lora:
 
     @property
     def masters(self) -> list[nn.Parameter]:
-        return self.adapters
+        return self._masters
 
     def stepped(self) -> None:
-        """Nothing to do: the optimiser works on the adapters themselves."""
+        _round(self._masters, [p.data for p in self.adapters])
 
     @torch.no_grad()
     def see(self, inputs: Tensor) -> None:
@@ -134,8 +129,10 @@ class Lora:
             return
         with self._put(False):
             components = _principal_activations(self.model, inputs, self.rank, [name for name, *_ in self._pairs])
+        masters = {id(adapter): master for adapter, master in zip(self.adapters, self._masters, strict=True)}
         for name, *_, lora in self._pairs:
-            lora.lora_A["default"].weight.copy_(components[name])
+            masters[id(lora.lora_A["default"].weight)].copy_(components[name])
+        self.stepped()
 
     def active(self) -> AbstractContextManager[None]:
         return self._put(True)
@@ -155,6 +152,20 @@ class Lora:
 
 
 # -------------------------------------------------------------------- what is trained
+
+
+def _masters(learnt: list[Tensor]) -> list[nn.Parameter]:
+    """What the optimiser steps on: the tensors themselves, or float32 copies of coarser ones, on which a step would
+    mostly be rounded away."""
+    return [nn.Parameter(t if t.dtype in _EXACT else t.float()) for t in learnt]
+
+
+@torch.no_grad()
+def _round(masters: list[nn.Parameter], learnt: list[Tensor]) -> None:
+    """What was learnt is the masters, rounded to its dtype."""
+    for tensor, master in zip(learnt, masters, strict=True):
+        if tensor.data_ptr() != master.data_ptr():
+            tensor.copy_(master)
 
 
 def linear_layers(model: nn.Module) -> list[str]:
