@@ -344,17 +344,30 @@ def _locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Renamed or replaced between opening and locking: another process was faster.
-            free = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())
-        except OSError:
-            free = False
-        if not free:
+        if not (_lock(handle) and _is(folder, handle)):
             raise OSError(f"another process is writing {folder}; wait for it, or choose another -o")
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether nobody else holds a lock on it. Where folders cannot be locked (NFS among others), it goes without."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is(folder: Path, handle: int) -> bool:
+    """Whether it is still the one that was opened: another process may have renamed or replaced it before the lock."""
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except OSError:
+        return False
 
 
 def _sync(folder: Path) -> None:

@@ -64,7 +64,7 @@ class CycleReader(Reader):
     def next_chunk(self) -> list[ChunkRecord | None]:
         assert self.bank is not None
         needed = min(self.chunk_tokens, min(self.bank.ranks.values()) - self.rank)
-        self.compressed = not self.done and int(empty_slots(self.bank)[0]) < needed
+        self.compressed = not self.done and int(empty_slots(self.bank, least=True)[0]) < needed
         if self.compressed:
             _squeeze(self, self.bank, self.rank, clip=self.settings.write.clip)
         return super().next_chunk()

@@ -373,10 +373,11 @@ def stepwise_rows(
     return keys, {layer: v / norm.to(v.device) for layer, v in values.items()}
 
 
-def empty_slots(bank: Bank) -> Tensor:
-    """[bank] how many slots of each memory are still empty (zero key, not frozen), in the layer that has most room."""
-    counts = [_empty(bank, layer).sum(dim=-1) for layer in bank.layers]
-    return torch.stack(counts).amax(dim=0)
+def empty_slots(bank: Bank, *, least: bool = False) -> Tensor:
+    """[bank] how many slots of each memory are still empty (zero key, not frozen), in the layer that has most room of
+    them, or least."""
+    counts = torch.stack([_empty(bank, layer).sum(dim=-1) for layer in bank.layers])
+    return counts.amin(dim=0) if least else counts.amax(dim=0)
 
 
 def _empty(bank: Bank, layer: int) -> Tensor:

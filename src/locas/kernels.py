@@ -14,6 +14,7 @@ from torch import Tensor
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}  # by the names in `locas.bank`
 HEAD_WIDTHS = (16, 32, 64, 128)
+RANKS = 1024  # at most, of `read_token`: a program of `_onto_kernel` holds all of a memory's values of its columns
 
 _SLOTS, _COLUMNS = 2, 64  # of one program
 _ROOM = 160_000  # bytes of shared memory for three steps of `_values_kernel` at once; desktop cards have 100,000
@@ -75,7 +76,7 @@ def read_token(a: Tensor, keys: Tensor, values: Tensor, onto: Tensor, activation
     Args:
         a: [batch, 1, d_model], the FFN's input, on CUDA.
         keys: [2 * rank, d_model] gates and keys, or [rank, d_model] keys; for each row of its own with an axis before.
-        values: [rank, d_model], with the output scale in them; likewise.
+        values: [rank, d_model], with the output scale in them; likewise. At most `RANKS` of them.
         onto: [batch, 1, d_model], the FFN's output.
         activation: a name in `ACTIVATIONS`.
 
@@ -153,4 +154,4 @@ def values_gradient(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, s
         )  # fmt: skip
 
 
-__all__ = ["ACTIVATIONS", "HEAD_WIDTHS", "read_token", "values_gradient"]
+__all__ = ["ACTIVATIONS", "HEAD_WIDTHS", "RANKS", "read_token", "values_gradient"]

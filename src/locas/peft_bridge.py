@@ -281,10 +281,17 @@ def to_peft(model: Any, memory: Memory, adapter_name: str = "default") -> PeftMo
     """The model with the memory as its adapter; a PeftModel gets it as one more, active only after `set_adapter`.
 
     Raises:
-        ValueError: the memory was made with another backbone; nothing was changed.
+        ValueError: the memory was made with another backbone, or is kept more finely than an adapter of this one;
+            nothing was changed.
     """
     backbone = model.get_base_model() if isinstance(model, PeftModel) else model
     memory.check(backbone)
+    if torch.promote_types(kept := memory.bank.rows.dtype, made := _dtype_for(backbone)) != made:
+        raise ValueError(
+            f"the memory is kept in {str(kept).removeprefix('torch.')}, an adapter of this backbone in "
+            f"{str(made).removeprefix('torch.')}, which would round it; round it first: memory.bank = "
+            f"memory.bank.to(dtype={made})"
+        )
     config = LocasConfig(memory=_as_json(memory), frozen_sha256=_frozen_sha256(memory), task_type="CAUSAL_LM")
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)

@@ -52,6 +52,7 @@ class OneMemory:
 
     def __init__(self, backbone: Backbone, texts: Sequence[Text], path: Path, settings: RunSettings) -> None:
         check_output(path)
+        _check_texts(texts)
         self.texts, self.path, self.settings, self.stem = texts, path, settings, path
         self.memory = (
             fresh_memory(texts[0], backbone, settings)
@@ -158,9 +159,7 @@ class MemoryEach:
             raise ValueError(
                 "a batch is not compared with reading without memory; use `locas score TEXT --memory FILE` afterwards"
             )
-        for text in self.texts:
-            if text.ids.numel() == 0:
-                raise ValueError(f"{text.name} has no tokens; leave it out")
+        _check_texts(self.texts)
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -309,6 +308,12 @@ def unique_names(paths: Sequence[str]) -> list[str]:
         taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def _check_texts(texts: Sequence[Text]) -> None:
+    for text in texts:
+        if text.ids.numel() == 0:
+            raise ValueError(f"{text.name} has no tokens; leave it out")
 
 
 def _sha256(path: Path) -> str:

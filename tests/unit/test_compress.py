@@ -322,6 +322,20 @@ def test_the_cycle_fills_compresses_and_fills_again(model_of: ModelOf) -> None:
     assert [d.tokens for d in memory.provenance.documents] == [33]
 
 
+def test_the_layer_with_least_room_decides_when_the_cycle_compresses(model_of: ModelOf) -> None:
+    model = model_of("gpt2", torch.float32)
+    memory = create(model, text(11), InitSettings(rank=29, init="step-wise", tau_scale=1.0), start_id=START)
+    first = memory.bank.layers[0]
+    memory.bank.slots(first).k[0, :12] = 1.0  # 17 are left of its 29
+    memory.bank.slots(first).v[0, :12] = 0.01
+    settings = ReadSettings(window=29, chunk=11)
+    steps = [
+        (step.compressed, step.record.filled)
+        for step in read_and_compress(model, memory, text(33), 7, settings, start_id=START)
+    ]
+    assert steps == [(False, 11), (True, 11), (False, 11)]
+
+
 def test_the_cycle_scores_what_the_reader_scores_until_it_is_full(model_of: ModelOf) -> None:
     model = model_of("gpt2", torch.float32)
     settings = ReadSettings(window=29, chunk=11)

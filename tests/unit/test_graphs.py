@@ -110,7 +110,7 @@ def kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def read(documents: int, spoil: int | None = None, **how: Any) -> tuple[Tensor, Bank | None, Reader]:
     model = tiny_model("qwen3", dtype=torch.float32).to("cuda")
     ids = [text(150, seed=i).cuda() for i in range(documents)]
-    one = create_bank(model, ids[0][:40], InitSettings(rank=5), start_id=START)
+    one = create_bank(model, ids[0][:40], how.pop("init", InitSettings(rank=5)), start_id=START)
     bank = Bank.stack([one] * documents) if documents > 1 else one
     learn = how.pop("learn", True)
     settings = ReadSettings(window=40, chunk=16, write=WriteSettings(**how.pop("write", {"damping": 0.3})), **how)
@@ -143,6 +143,8 @@ def read(documents: int, spoil: int | None = None, **how: Any) -> tuple[Tensor, 
         (1, {"reuse": False, "write": {"rule": "adamw", "lr": 0.01}}),
         (1, {"reuse": False, "write": {"damping": 0.3, "damping_every": 2}}),
         (3, {"reuse": True, "write": {"damping": 0.3, "damping_every": 2}, "spoil": 6}),
+        (1, {"reuse": False, "init": InitSettings(rank=131, variant="mlp", init="step-wise")}),
+        (1, {"reuse": False, "steps": 2, "init": InitSettings(rank=31, variant="mlp", init="step-wise")}),
         (1, {"reuse": False, "learn": False}),
         (3, {"reuse": True, "learn": False}),
     ],
@@ -175,6 +177,7 @@ def test_what_cannot_be_captured_leaves_cuda_as_it_was() -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"])
 @pytest.mark.parametrize(("variant", "rank", "d_model", "index"), [
     ("glu", 64, 96, None), ("mlp", 3, 1030, None), ("glu", 5, 70, [2, -1, 0, 0]), ("glu", 1, 64, [-1, -1, -1, -1]),
+    ("mlp", 1031, 64, None),
 ])  # fmt: skip
 def test_a_tokens_memory_in_two_kernels(
     dtype: torch.dtype, activation: str, variant: Any, rank: int, d_model: int, index: list[int] | None

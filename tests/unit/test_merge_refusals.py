@@ -1,5 +1,6 @@
 """What cannot be merged is refused with the reason, and nothing is left half done."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -209,6 +210,18 @@ def test_the_rest_of_a_killed_run_is_replaced(saved_of: SavedOf, tmp_path: Path)
     assert not stale.exists()
     unmerge(tmp_path / "merged", tmp_path / "back")
     came_back(source, tmp_path / "back", [file])
+
+
+def test_folders_that_cannot_be_locked_are_written_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="no file locks on this system")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBADF, "as NFS says of a folder that is open for reading")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with locas.checkpoint.new_folder(tmp_path / "merged") as folder:
+        (folder / "mine").write_text("safe")
+    assert (tmp_path / "merged" / "mine").read_text() == "safe"
 
 
 def test_two_runs_do_not_write_one_folder(saved_of: SavedOf, tmp_path: Path) -> None:

@@ -87,6 +87,17 @@ def test_an_adapter_reads_as_the_attached_memory_and_leaves_no_trace(name: str) 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_memory_that_an_adapter_would_round_is_refused() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    memory, before = a_memory(model), snapshot(model)
+    memory.bank = memory.bank.to(dtype=torch.float64)
+    with pytest.raises(ValueError, match="kept in float64, an adapter of this backbone in float32, which would round"):
+        to_peft(model, memory)
+    assert all(same_bytes(value, before[name]) for name, value in snapshot(model).items())
+    memory.bank = memory.bank.to(dtype=torch.float32)
+    assert same_bytes(from_peft(to_peft(model, memory)).bank.rows, memory.bank.rows)
+
+
 @pytest.mark.parametrize("name", [n for n in [*GATED, *MLP] if n != "bloom"])
 def test_merging_widens_and_can_be_saved_as_an_ordinary_model(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)

@@ -211,6 +211,14 @@ def test_layers_that_the_model_does_not_have(given: str) -> None:
         parse_layers(given, 7)
 
 
+def test_a_later_text_without_tokens_is_found_before_anything_is_read(llama: Backbone, output: Path) -> None:
+    texts = three_texts(llama)
+    texts[2] = replace(texts[2], ids=texts[2].ids[:0])
+    with pytest.raises(ValueError, match=rf"{texts[2].name} has no tokens; leave it out"):
+        Run(llama, texts, str(output), SETTINGS)
+    assert not output.exists()
+
+
 def test_outputs_that_cannot_be(llama: Backbone, tmp_path: Path) -> None:
     texts = three_texts(llama)
     with pytest.raises(
