@@ -20,12 +20,11 @@ import compress
 import dialogue
 import forgetting
 from markdown_table import markdown
+from speed_tables import at_a_glance, bench, speed_in_brief
 from sweep import baseline, baselines
 
 import locas
 from locas.backbone import DEFAULT_BACKBONE, built_in
-from locas.cli.bench_tables import NAMES
-from locas.evaluate.bench_scaling import GROWTH
 from locas.evaluate.provenance import weights_sha256
 from locas.evaluate.statistics import paired_bootstrap
 
@@ -68,6 +67,8 @@ def page() -> str:
     )
     for name, section in sections:
         paths = sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: ("whole" not in path.stem, path.stem))
+        if section is bench:
+            parts.append(at_a_glance([json.loads(path.read_text()) for path in paths]))
         for path in paths:
             report = json.loads(path.read_text())
             parts.append(section(report) + provenance(path, report, carried))
@@ -161,22 +162,6 @@ def forgetting_in_brief(report: Row) -> str:
             f"{100 * report['mmlu']['standard_error']:.1f})"
         )
     return point(f"{text}. With nothing attached, the backbone is the same to the last bit.")
-
-
-def speed_in_brief(report: Row) -> str:
-    """What reading, with learning or without, takes relative to reading only, and the peak of memory."""
-    memory = report.get("relative_memory", {})
-    lines = [
-        [NAMES[method], f"{ratio:.2f} [{report['quartiles'][method][0]:.2f}, {report['quartiles'][method][1]:.2f}]"]
-        + ([f"{memory[method]:.2f} ({report['peak_bytes'][method] / 2**20:,.0f} MiB)"] if memory else [])
-        for method, ratio in report["relative_time"].items()
-    ]
-    settings, backbone = report["settings"], report["backbone"]
-    what = (
-        f"{backbone['name']}, {backbone['dtype']}, {re.sub(', [0-9]+ threads$', '', report['device'])}; window "
-        f"{settings['window']:,}, chunk {settings['chunk']:,}, rank {settings['rank']}"
-    )
-    return markdown([what, "time [quartiles]", *(["memory"] if memory else [])], lines)
 
 
 def point(text: str) -> str:
@@ -417,51 +402,6 @@ def ablations(report: Row) -> str:
         lines.append([f"{grid.removeprefix('ablate-')}: {name}", f"{mean:+.4f}", span, str(len(books_)), str(seeds)])
     header = ["setting", "bits per byte against truncation", "95% interval", "books", "seeds"]
     return "## Ablations\n" + markdown(header, lines)
-
-
-def bench(report: Row) -> str:
-    """Time and memory relative to truncated reading, and of generating with a memory."""
-    settings, parts = report["settings"], []
-    memory = report.get("relative_memory", {})
-    lines = []
-    for method, ratio in report["relative_time"].items():
-        low, high = report["quartiles"][method]
-        lines.append(
-            [
-                method,
-                f"{ratio:.2f}",
-                f"{low:.2f}-{high:.2f}",
-                f"{report['tokens_per_second'][method]:,.0f}",
-                f"{memory[method]:.2f}" if method in memory else "",
-            ]
-        )
-    parts.append(
-        f"## Speed: {report['backbone']['name']}, {report['backbone']['dtype']}, {report['device']}\n"
-        f"Window {settings['window']:,}, chunk {settings['chunk']:,}, rank {settings['rank']}; `upper`: layers "
-        f"{settings['upper']}. Medians of {settings['rounds']} rounds in which every method reads the same chunk, "
-        "relative to truncated reading in the same round.\n\n"
-        + markdown(["method", "time", "quartiles", "tokens/s", "memory"], lines)
-    )
-    for name, rows in report.get("generating", {}).get("rows", {}).items():
-        figures = report["generating"][name]
-        low, high = figures["quartiles"]
-        parts.append(
-            f"Extra time of a generated token, {rows} row{'s' if rows > 1 else ''} with as many memories: "
-            f"{100 * figures['extra_time']:+.1f}% (quartiles {100 * low:+.1f}% to {100 * high:+.1f}%).\n"
-        )
-    for part, (what, unit) in GROWTH.items():
-        if part in report:
-            rows = [_scaled(name, figures) for name, figures in report[part].items()]
-            parallel = ["throughput"] if part == "documents" else []
-            parts.append(f"Time of {what}:\n\n" + markdown([unit, "time", "quartiles", *parallel], rows))
-    return "\n".join(parts)
-
-
-def _scaled(name: str, figures: Row) -> list[str]:
-    low, high = figures["quartiles"]
-    parallel = [f"{figures['throughput']:.2f}"] if "throughput" in figures else []
-    name = f"{int(name):,}" if name.isdecimal() else name
-    return [name, f"{figures['ratio']:.3f}", f"{low:.3f}-{high:.3f}", *parallel]
 
 
 def kills(report: Row) -> str:
