@@ -5,19 +5,19 @@
     python recipes/tune_baselines.py --table
 
 Each baseline gets the settings with the lowest mean of bits per byte over the books; `recipes/books.py` uses them. What
-is already measured is not run again. A setting that diverges on a book counts as infinitely bad.
+the folder has is not run again, and the result file keeps what is not measured again: it must be of the same books,
+backbone and versions (see `_setup.py`). A setting that diverges on a book counts as infinitely bad.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _setup import book_paths, options, quiet_backbone, write_report
+from _setup import book_paths, options, quiet_backbone, read_report, resumed, write_report
 
 import locas
 from locas.evaluate.book import Book, Method
@@ -73,15 +73,17 @@ def choose(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]
     return means, chosen
 
 
-def _others(path: Path, methods: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the result file says of the names that none of these methods has."""
-    if not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    if report["settings"] != settings:
+def earlier(path: Path, here: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the result file.
+
+    Raises:
+        SystemExit: it is of other books, or see `resumed`.
+    """
+    report = resumed(path, here, "--results")
+    if report["results"] and report["settings"] != settings:
         raise SystemExit(f"{path} was measured with {report['settings']}, not {settings}; give another --results")
-    names = {m.partition(":")[0] for m in methods}
-    return [row for row in report["results"] if row["method"].partition(":")[0] not in names]
+    rows: list[dict[str, Any]] = report["results"]
+    return rows
 
 
 def main() -> int:
@@ -92,23 +94,23 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "tune_baselines.json")
     args = parser.parse_args()
     if args.table or args.folder is None or args.output is None:
-        report = json.loads(args.results.read_text())
-        for method, mean in sorted(report["means"].items(), key=lambda item: item[1] or math.inf):
+        report = read_report(args.results)
+        for method, mean in sorted(report.get("means", {}).items(), key=lambda item: item[1] or math.inf):
             print(f"{mean or math.inf:.4f}  {method}{'  *' if method in report['chosen'].values() else ''}")
         return 0
-    backbone = quiet_backbone(args)
-    settings = {"books": args.books, "max_tokens": args.max_tokens}
+    backbone, settings = quiet_backbone(args), {"books": args.books, "max_tokens": args.max_tokens}
+    rows = earlier(args.results, where := environment(backbone), settings)
     documents = collect(book_paths(args), gutenberg=True, reflow=True)
     books = [Book.of(document, backbone, args.max_tokens) for document in documents]
     wanted = [m for m in grid() if not args.only or m.startswith(tuple(args.only.split(",")))]
-    rows = _others(args.results, wanted, settings) if args.only else []
     for method in wanted:
-        for book in books:
-            rows.append(bits(backbone, book, args.output, method))
-            print(f"{rows[-1]['bits_per_byte']:.4f}  {book.name}  {method}", flush=True)
+        measured = [bits(backbone, book, args.output, method) for book in books]
+        for row in measured:
+            print(f"{row['bits_per_byte']:.4f}  {row['book']}  {method}", flush=True)
+        rows = [row for row in rows if row["method"] != method] + measured
         means, chosen = choose(rows)
-        where = environment(backbone) | {"seeds": [0], "settings": settings}
-        write_report(args.results, where | {"means": means, "chosen": chosen, "results": rows})
+        more = {"seeds": [0], "settings": settings, "means": means, "chosen": chosen, "results": rows}
+        write_report(args.results, where | more)
     return 0
 
 
