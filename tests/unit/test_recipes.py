@@ -164,3 +164,31 @@ def test_tuning_keeps_what_is_not_measured_again_and_mixes_nothing(
     with pytest.raises(SystemExit, match=r"cannot be gone on with.*Give another --results"):
         go()
     assert results.read_bytes() == before
+
+
+def test_what_is_at_the_edge_of_what_was_tried() -> None:
+    tried = [f"dynamic:lr={lr}:steps={steps}" for lr in ("0.1", "0.2", "0.3") for steps in (1, 2)]
+    assert tune_baselines.edges("dynamic:lr=0.2:steps=1", tried) == []
+    assert tune_baselines.edges("dynamic:lr=0.3:steps=2", tried) == ["lr above 0.3", "steps above 2"]
+    assert tune_baselines.edges("dynamic:lr=0.1:steps=1", tried) == ["lr below 0.1"]
+    more = [*tried, "dynamic:lr=0.4:steps=1", "ffn-inplace:lr=0.9:steps=2"]  # neither says what 0.4 does in two steps
+    assert tune_baselines.edges("dynamic:lr=0.3:steps=2", more) == ["lr above 0.3", "steps above 2"]
+    assert tune_baselines.edges("dynamic:lr=0.3:steps=1", more) == []
+    # What is not said is the method's own: two steps.
+    own = ["templora-tuned:lr=0.1", *(f"templora-tuned:lr=0.1:steps={n}" for n in (1, 3))]
+    assert tune_baselines.edges(own[0], own) == ["lr above 0.1", "lr below 0.1"]
+
+
+def test_the_table_says_what_is_at_the_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means = {"truncation": 1.5, "dynamic:lr=0.1:steps=1": 1.4, "dynamic:lr=0.2:steps=1": None}
+    chosen = {"truncation": "truncation", "dynamic": "dynamic:lr=0.1:steps=1"}
+    (tmp_path / "r.json").write_text(json.dumps({"results": [], "means": means, "chosen": chosen}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["tune_baselines.py", "--table", "--results", str(tmp_path / "r.json")])
+    assert tune_baselines.main() == 0
+    assert capsys.readouterr().out == (
+        "1.4000  dynamic:lr=0.1:steps=1  * at the edge: no lr below 0.1, no steps above 1 was tried\n"
+        "1.5000  truncation  *\n"
+        "inf  dynamic:lr=0.2:steps=1\n"
+    )
