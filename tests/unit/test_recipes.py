@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
 import _rows
 import _setup
+import compress
 import sweep
 import tune_baselines
+
+import locas
 
 HERE = {
     "commit": "now",
@@ -133,6 +137,65 @@ def test_tables_do_not_mix_backbones() -> None:
         f"{what}, backbone tiny-glu",
         f"{what}, backbone tiny-mlp",
     ]
+
+
+# -------------------------------------------------------------------- compressing while reading
+
+
+def test_no_row_of_the_cycle_is_scored_on_what_its_memory_was_made_from(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = locas.ReadSettings(window=46, chunk=23, start_in_every_window=False)
+    monkeypatch.setattr(_rows.Books, "settings", property(lambda self: settings))
+    args = _rows.parser(None, "").parse_args([str(book), "--rank", "3", "--read-tokens", "97", "--later-tokens", "1"])
+    books = _rows.Books(locas.load_backbone(device="cpu"), [book / "a.txt"], args)
+    ids, seen, create = books.read_part("a"), [], locas.create
+
+    def watched(model: Any, text: torch.Tensor, *more: Any, **named: Any) -> Any:
+        assert torch.equal(text, ids[: text.numel()])
+        seen.append(text.numel())
+        return create(model, text, *more, **named)
+
+    monkeypatch.setattr(locas, "create", watched)
+    rows = list(compress.cycle(books, "a", args, []))
+    first = 3 + 23  # the capacity: what is left after compressing, and a chunk
+    assert {row["scored_from"] for row in rows} == {first}
+    assert seen == [26, 23, 23, 23, 26, 26]
+    nll = torch.cat([r.nll for r in locas.read(books.backbone.model, None, ids, settings, start_id=0)]).double()
+    assert nll.numel() == 97
+    plain, *others = [row["nats"] for row in rows]
+    assert plain == pytest.approx(float(nll[first:].mean()), rel=1e-6)
+    assert all(abs(nats - plain) > 1e-6 for nats in others)
+    books.read_tokens = 26
+    with pytest.raises(SystemExit, match="nothing of a is scored: 26 tokens go before; use more with --read-tokens"):
+        next(compress.cycle(books, "a", args, []))
+
+
+def test_rows_of_before_are_measured_again_and_tabled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [{"book": "a", "part": "cycle", "what": "none"}]
+    known += [{"book": "a", "part": "cycle", "what": "nl-svd cycle", "scored_from": 7}]
+    asked: list[list[str]] = []
+    monkeypatch.setattr(compress, "cycle", lambda books, book, args, done: iter(asked.append(done) or []))
+    assert list(compress.rows(Namespace(names=["a"]), Namespace(part=["cycle"]), known)) == []
+    assert asked == [["nl-svd cycle"]]
+    place = {
+        "rank": 2,
+        "skip_tokens": 0,
+        "read_tokens": 64,
+        "later_tokens": 32,
+        "backbone": "tiny-mlp",
+        "part": "cycle",
+    }
+    rows = [
+        place | {"book": "a", "what": what, "nats": nats, "slots": 5, "seconds": 1.0} | more
+        for more, nats_of in (({}, (4.0, 3.0)), ({"scored_from": 7}, (4.0, 3.5)))
+        for what, nats in zip(("none", "nl-svd cycle"), nats_of, strict=True)
+    ]
+    apart, before = compress.table({"results": rows}).split("### ")[1:]
+    assert "after the first 7 tokens" in apart
+    assert "-0.5000" in apart
+    assert "a few tokens of the second chunk" in before
+    assert "-1.0000" in before
 
 
 # -------------------------------------------------------------------- the baselines' settings
