@@ -28,6 +28,7 @@ from locas.cli.bench_tables import NAMES
 from locas.evaluate.bench_scaling import GROWTH
 from locas.evaluate.provenance import weights_sha256
 from locas.evaluate.statistics import paired_bootstrap
+from locas.store import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -39,9 +40,10 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    """Writes the page and the README's tables."""
-    PAGE.write_text(page())
-    README.write_text(with_tables(README.read_text()))
+    """Writes the page and the README's tables; neither, where one of them fails."""
+    made = {PAGE: page(), README: with_tables(README.read_text(encoding="utf-8"))}
+    for path, text in made.items():
+        write_atomically(path, text.encode())
     return 0
 
 
@@ -69,7 +71,7 @@ def page() -> str:
     for name, section in sections:
         paths = sorted(RESULTS.glob(f"{name}*.json"), key=lambda path: ("whole" not in path.stem, path.stem))
         for path in paths:
-            report = json.loads(path.read_text())
+            report = json.loads(path.read_text(encoding="utf-8"))
             parts.append(section(report) + provenance(path, report, carried))
         if not paths:
             print(f"{RESULTS / name}.json is missing", file=sys.stderr)
@@ -81,7 +83,7 @@ def with_tables(text: str) -> str:
     """The text with what stands between its marks made anew from the file that each mark names."""
 
     def table(mark: re.Match[str]) -> str:
-        report = json.loads((RESULTS / mark[2]).read_text())
+        report = json.loads((RESULTS / mark[2]).read_text(encoding="utf-8"))
         kinds = {
             "comparisons": dialogues_in_brief,
             "at_equal_gain": forgetting_in_brief,
@@ -208,8 +210,10 @@ def contents(parts: list[str]) -> str:
 
 def backbones() -> str:
     """Bits per byte of development books, read without memory: the built-in backbones and the one before them."""
-    found = {name: json.loads((BACKBONES / name / "evaluation.json").read_text()) for name in built_in()}
-    found["before"] = json.loads((RESULTS / "backbone_before.json").read_text())
+    found = {
+        name: json.loads((BACKBONES / name / "evaluation.json").read_text(encoding="utf-8")) for name in built_in()
+    }
+    found["before"] = json.loads((RESULTS / "backbone_before.json").read_text(encoding="utf-8"))
     columns = [(name, form) for name in found for form in ("wrapped", "reflowed")]
     cells = {(r["book"], n, r["form"]): r["bits_per_byte"] for n, report in found.items() for r in report["books"]}
     books_ = sorted({book for book, _, _ in cells}, key=lambda book: book.zfill(9))
