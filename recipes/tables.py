@@ -95,7 +95,11 @@ def with_tables(text: str) -> str:
 
 
 def brief(report: Row) -> str:
-    """Test books in one table: each method's loss, its distance from truncated reading, ours from it, and its cost."""
+    """Test books in one table: each method's loss, its distance from truncated reading, ours from it, and its cost.
+
+    Losses are over all tokens of all books, so that long books count more; distances are means over books, which is
+    why they are not the losses' differences.
+    """
     apart = {(p["method"], p["minus"]): p for p in report["paired"]}
 
     def distance(method: str, minus: str, sign: int) -> str:
@@ -119,7 +123,15 @@ def brief(report: Row) -> str:
         ]
         for name, m in report["methods"].items()
     ]
-    header = ["perplexity", "bits per byte", "minus truncation's", "Locas's minus its", "parameters", "time", "memory"]
+    header = [
+        "perplexity of all tokens",
+        "bits per byte of all tokens",
+        "minus truncation's, mean over books",
+        "Locas's minus its, mean over books",
+        "parameters",
+        "time, mean over books",
+        "memory, mean over books",
+    ]
     return markdown([extent(report), *header], lines)
 
 
@@ -348,8 +360,9 @@ def headline(report: Row) -> str:
     header = ["method", "bits per byte", "perplexity", "mean of chunks'", "parameters", "time", "memory"]
     seeds = ", ".join(map(str, report["seeds"]))
     text = (
-        f"## Test books: {extent(report)}\nSeeds {seeds}. Perplexity is exp of the mean loss; the mean "
-        "of chunks' is TempLoRA's definition. Time and memory are relative to truncated reading, in the same run.\n\n"
+        f"## Test books: {extent(report)}\nSeeds {seeds}. Bits per byte and perplexity, exp of the mean loss, are of "
+        "all books' tokens together, and so is the mean of chunks', TempLoRA's definition; paired differences are "
+        "means over books. Time and memory are relative to truncated reading, in the same run, means over books.\n\n"
     )
     return text + markdown(header, lines) + "\n" + _marks(methods) + _pairs(report["paired"]) + _per_book(report)
 
