@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _setup import book_paths, quiet_backbone, write_report
+from _setup import book_paths, quiet_backbone, read_report, resumed, write_report
 from torch import Tensor
 
 import locas
@@ -48,26 +48,30 @@ def run(
     rows: Callable[[Books, argparse.Namespace, list[Row]], Iterator[Row]],
     table: Callable[[Row], str],
 ) -> int:
-    """Measures what is missing, writing the result after every row, so that a killed run goes on where it was.
+    """Measures what is missing, writing the result after every row, so that a killed run goes on where it was, with
+    the same backbone and versions (see `resumed`).
 
     Args:
         args: of `parser`.
         recipe: its name, for the result file.
         rows: yields the rows that are not among the known ones, which were measured at the same place (rank, tokens,
-            backbone).
+            the backbone's weights).
         table: makes a report's tables, which are printed at the end.
     """
-    report = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
     if args.table or args.folder is None:
-        print(table(report))
+        print(table(read_report(args.output)))
         return 0
     backbone, paths = quiet_backbone(args), book_paths(args)
+    report = resumed(args.output, where := environment(backbone))
+    weights = where["backbone"]["weights_sha256"]
+    for row in report["results"]:  # before rows named their weights: the file's own
+        row.setdefault("weights_sha256", weights)
     place = {k: getattr(args, k) for k in ("rank", "skip_tokens", "read_tokens", "later_tokens")}
-    place |= {"backbone": backbone.name, "seed": SEED}
+    place |= {"backbone": backbone.name, "weights_sha256": weights, "seed": SEED}
     known = [row for row in report["results"] if {k: row.get(k) for k in place} == place]
     for row in rows(Books(backbone, paths, args), args, known):
-        report["results"].append(place | row)
-        report |= environment(backbone) | {"recipe": recipe}
+        report["results"].append(place | row | {"commit": where["commit"]})
+        report |= where | {"recipe": recipe}
         write_report(args.output, report)
         print(json.dumps(row), flush=True)
     print(table(report))
@@ -138,13 +142,16 @@ class Books:
 
 
 def by_place(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """(what was read, rows), for each kind of run in a file."""
-    keys = ("rank", "skip_tokens", "read_tokens", "later_tokens")
+    """(what was read, rows), for each kind of run in a file; the backbone is named where there are several."""
+    backbones = {(row["backbone"], row.get("weights_sha256", "")[:8]) for row in rows}
     found: dict[str, list[Row]] = {}
     for row in rows:
-        rank, skip, read, later = (row[key] for key in keys)
+        rank, skip, read, later = (row[key] for key in ("rank", "skip_tokens", "read_tokens", "later_tokens"))
         left_out = f", the first {skip:,} left out" if skip else ""
-        found.setdefault(f"rank {rank}, {read:,} tokens of each book{left_out}, {later:,} that follow", []).append(row)
+        where = f"rank {rank}, {read:,} tokens of each book{left_out}, {later:,} that follow"
+        if len(backbones) > 1:
+            where += f", backbone {row['backbone']} {row.get('weights_sha256', '')[:8]}".rstrip()
+        found.setdefault(where, []).append(row)
     return list(found.items())
 
 

@@ -1,4 +1,9 @@
-"""What recipes that run on development books begin with: their options, a quiet backbone, the books, a result file."""
+"""What recipes that run on development books begin with: their options, a quiet backbone, the books, a result file.
+
+A result file holds rows of one backbone (its weights, not its name) and one version of locas and torch: `resumed` takes
+no other. Commits of one version may be mixed: what is known is not measured again because code was committed, and each
+row says which `commit` it was measured at. Where a commit changes what is measured, give another file.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ import locas
 from locas.backbone import Backbone
 from locas.evaluate.cells import finite
 from locas.store import write_atomically
+
+_VERSIONS = ("locas", "torch")
 
 
 def options(
@@ -54,6 +61,37 @@ def book_paths(args: argparse.Namespace) -> list[Path]:
             f"{args.folder} has no {', '.join(missing) or '*.txt'}; it has {', '.join(found) or 'nothing'}"
         )
     return [path for stem, path in found.items() if stem in wanted]
+
+
+def resumed(path: Path, here: dict[str, Any], option: str = "-o") -> dict[str, Any]:
+    """The result file to go on with; without rows where there is none yet.
+
+    Args:
+        path: of the file.
+        here: what `locas.evaluate.provenance.environment` says now.
+        option: by which another file can be named.
+
+    Raises:
+        SystemExit: its rows are of another backbone, or of another version of locas or torch.
+    """
+    report = read_report(path)
+    compared = [("backbone", "weights_sha256"), ("backbone", "tokenizer_sha256"), *(("versions", p) for p in _VERSIONS)]
+    others = [
+        f"{key} is {found} there and {here[part][key]} here"
+        for part, key in compared
+        if (found := report.get(part, {}).get(key, "not noted")) != here[part][key]
+    ]
+    if others and report["results"]:
+        raise SystemExit(
+            f"{path} cannot be gone on with: {'; '.join(others)}. Give another {option}, or move the file away. "
+            "Nothing was changed."
+        )
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A result file; without rows where there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"results": []}
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

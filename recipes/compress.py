@@ -12,7 +12,10 @@ gain before.
 Part "cycle": Locas-MLP reads the same beginning online, with slots filled step by step and compressed by NL-SVD to the
 rank whenever the capacity (twice the rank, or rank and chunk) is reached; against a memory of the rank, and one of
 the capacity, that is filled once and then takes gradient steps, ones that take gradient steps only (keys by top-k, or
-from activations), and none. Reported: online loss and seconds.
+from activations), and none. Reported: online loss and seconds. Slots from activations take a token each, and the
+capacity is more than the first chunk has: that memory is made from as many tokens. An online score may not have seen
+what follows, so the loss of every row, none included, is that of the tokens after the first `scored_from` (the
+capacity), from which memories are made. Rows of before say no `scored_from`: they are tabled apart, and measured again.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ def rows(books: Books, args: argparse.Namespace, known: list[Row]) -> Iterator[R
     parts = {"survival": survival, "cycle": cycle}
     for book in books.names:
         for part in args.part or parts:
-            done = [r["what"] for r in known if (r["book"], r["part"]) == (book, part)]
+            mine = [r for r in known if (r["book"], r["part"]) == (book, part)]
+            done = [r["what"] for r in mine if part != "cycle" or "scored_from" in r]
             for row in parts[part](books, book, args, done):
                 yield {"book": book, "part": part} | row
 
@@ -95,6 +99,8 @@ def cycle(books: Books, book: str, args: argparse.Namespace, known: list[str]) -
     # The capacity holds a chunk's tokens besides what compressing leaves.
     chunk = books.settings.sizes(backbone.model)[1]
     capacity = max(2 * rank, rank + chunk)
+    if ids.numel() <= capacity:
+        raise SystemExit(f"nothing of {book} is scored: {capacity} tokens go before; use more with --read-tokens")
     for what, init, slots in (
         ("none", None, 0),
         ("nl-svd cycle", "step-wise", capacity),
@@ -121,7 +127,8 @@ def cycle(books: Books, book: str, args: argparse.Namespace, known: list[str]) -
         nll = torch.cat([record.nll for record in records]).double()
         yield {
             "what": what,
-            "nats": float(nll.nanmean()),
+            "nats": float(nll[capacity:].nanmean()),
+            "scored_from": capacity,
             "slots": slots,
             "compressions": compressed,
             "seconds": round(seconds, 1),
@@ -164,22 +171,36 @@ def table(report: Row) -> str:
                 )
             )
         online = [r for r in rows if r["part"] == "cycle"]
-        plain = {r["book"]: r["nats"] for r in online if r["what"] == "none"}
-        lines = []
-        for what in dict.fromkeys(r["what"] for r in online if r["what"] != "none"):
-            mine = [r for r in online if r["what"] == what and r["book"] in plain]
-            if mine:
-                change = mean([r["nats"] - plain[r["book"]] for r in mine], "+")
-                seconds = sum(r["seconds"] for r in mine) / len(mine)
-                lines.append([what, str(mine[0]["slots"]), change, f"{seconds:.1f}", str(len(mine))])
-        if lines:
-            parts.append(
-                f"### Locas-MLP, NL-SVD against gradient steps: {where}\n"
-                "Loss against no memory on what is read, every token scored before it is learnt; means over "
-                "development books, with 95% intervals.\n\n"
-                + markdown(["filled and learnt", "slots", "nats a token", "seconds", "books"], lines)
-            )
+        for first in sorted({r.get("scored_from", 0) for r in online}, reverse=True):
+            if online_part := online_table(where, first, [r for r in online if r.get("scored_from", 0) == first]):
+                parts.append(online_part)
     return "\n".join(parts)
+
+
+def online_table(where: str, first: int, rows: list[Row]) -> str:
+    """Part "cycle": each row's loss against no memory on the same tokens, those after the first `first`; "" without."""
+    plain = {r["book"]: r["nats"] for r in rows if r["what"] == "none"}
+    lines = []
+    for what in dict.fromkeys(r["what"] for r in rows if r["what"] != "none"):
+        mine = [r for r in rows if r["what"] == what and r["book"] in plain]
+        if mine:
+            change = mean([r["nats"] - plain[r["book"]] for r in mine], "+")
+            seconds = sum(r["seconds"] for r in mine) / len(mine)
+            lines.append([what, str(mine[0]["slots"]), change, f"{seconds:.1f}", str(len(mine))])
+    if not lines:
+        return ""
+    on = (
+        f"on what is read after the first {first:,} tokens, from which memories are made: every token is scored before "
+        "anything has seen it"
+        if first
+        else "on all that is read, every token scored before it is learnt; but slots from activations at the capacity "
+        "were made from a few tokens of the second chunk, too, before these were scored"
+    )
+    return (
+        f"### Locas-MLP, NL-SVD against gradient steps: {where}\n"
+        f"Loss against no memory {on}; means over development books, with 95% intervals.\n\n"
+        + markdown(["filled and learnt", "slots", "nats a token", "seconds", "books"], lines)
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
 
 DATA holds `books/dev/*.txt` and `books/test/*.txt` (PG-19), `locomo/dev.json` and `locomo/test.json`, and `mmlu/` (CSV
 files, see docs/dialogue-and-forgetting.md). Settings are chosen on development data, by the parts that come first; what
-is reported is read from the test data. Per-token losses, pages and pictures go to `runs/`, figures to `results/`.
+is reported is read from the test data. Per-token losses, pages and pictures go to `runs/`, figures to `results/`. A
+part whose result file is of another backbone, or of another version of locas or torch, stops and says so: move the file
+away to measure anew.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ def parts(data: Path) -> tuple[Part, ...]:
             "tune-baselines",
             "learning rates and steps of the baselines, development books",
             ("tune_baselines.py", dev, "-o", "runs/tune"),
-            ("--max-tokens", "8192"),
+            ("--max-tokens", "8192", "--results", "runs/tune/brief.json"),
             ("books/dev",),
         ),
         Part(
             "books",
             "the headline: every method on every test book",
             ("books.py", test, "-o", "runs/books"),
-            ("--max-tokens", "8192"),
+            ("--max-tokens", "8192", "--tuned", "runs/tune/brief.json"),
             ("books/test",),
         ),
         Part(

@@ -6,9 +6,9 @@
 
 Both write results/forgetting_SPLIT.json and a picture beside it. Every other book (by name) is learnt, the ones between
 are unrelated text; --books and --unrelated choose others. A stopped run goes on from its folder (--work); --join adds
-methods or books to results that are there, whose unrelated texts and sizes must be the same. With the
-built-in backbone on one CPU core a run takes about two hours, and all of MMLU about twenty minutes each time it is
-asked (once, and once for each method, rank and book): --mmlu-limit 20 makes that two.
+methods or books to results that are there, which must have been measured alike: sizes, windows, texts, MMLU's
+questions. With the built-in backbone on one CPU core a run takes about two hours, and all of MMLU about twenty minutes
+each time it is asked (once, and once for each method, rank and book): --mmlu-limit 20 makes that two.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def main() -> int:
     output = args.output or ROOT / "results" / f"forgetting_{args.what}.json"
     found = json.loads((folder / "forgetting.json").read_text())
     if args.join:
-        found = joined(json.loads(args.join.read_text()), found)
+        try:
+            found = joined(json.loads(args.join.read_text(encoding="utf-8")), found)
+        except ValueError as error:
+            raise SystemExit(f"{args.join} and {folder / 'forgetting.json'}: {error}") from error
         draw(found["points"], folder)
     write_atomically(output, (json.dumps(finite(found), indent=1) + "\n").encode())
     if (folder / "forgetting.png").exists():

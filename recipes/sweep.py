@@ -6,7 +6,8 @@
     python recipes/sweep.py --table                                          # what has been measured so far
 
 Results go to one JSON file, a row for each (grid entry, book); what is already there is not run again, so a sweep can
-be stopped and gone on with at any time. The text is stripped of Project Gutenberg's wrapping and reflowed.
+be stopped and gone on with at any time, with the same backbone and versions (see `_setup.py`). The text is stripped of
+Project Gutenberg's wrapping and reflowed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _setup import book_paths, options, quiet_backbone, write_report
+from _setup import book_paths, options, quiet_backbone, read_report, resumed, write_report
 
 import locas
 from locas.backbone import Backbone
@@ -264,6 +265,7 @@ def rows(
 
 
 def _key(row: dict[str, Any]) -> str:
+    """What a row is known by, within a result file (which is of one backbone)."""
     settings = {k: v for k, v in row["settings"].items() if k != "name"}
     return json.dumps([row["book"], row["tokens"], settings], sort_keys=True)
 
@@ -309,11 +311,11 @@ def main() -> int:
     parser.add_argument("--ablations", action="store_true", help="all grids whose name begins with ablate-")
     parser.add_argument("-o", "--output", type=Path, default=Path("results/sweep.json"))
     args = parser.parse_args()
-    report = json.loads(args.output.read_text()) if args.output.exists() else {"results": []}
     if args.table or args.folder is None:
-        print(table(report["results"]))
+        print(table(read_report(args.output)["results"]))
         return 0
     backbone, books = quiet_backbone(args), book_paths(args)
+    report = resumed(args.output, where := environment(backbone))
     for name in (args.grid or []) + (list(ablations()) if args.ablations else []):
         entries = grids()[name]
         sizes = {(r.window, r.chunk, r.start_in_every_window) for r in (e.read.truncated() for e in entries)}
@@ -324,8 +326,9 @@ def main() -> int:
         for book in books:
             known = {_key(row) for row in report["results"]}
             for row in rows(backbone, book, truncated + entries, args.max_tokens, known):
-                report["results"].append(row | {"grid": name, "whole": args.max_tokens is None})
-                report |= (where := environment(backbone)) | {"seeds": [0], "settings": where["backbone"]}
+                more = {"grid": name, "whole": args.max_tokens is None, "commit": where["commit"]}
+                report["results"].append(row | more)
+                report |= where | {"seeds": [0], "settings": where["backbone"]}
                 write_report(args.output, report)
                 what = f"{name:>9}  {row['book']:>6}  {row['settings']['name']:<44}"
                 print(f"{what} {row['nll'] / row['tokens']:.4f} nats  {row['seconds']:.0f} s", flush=True)

@@ -27,6 +27,7 @@ import locas
 from locas.backbone import DEFAULT_BACKBONE, built_in
 from locas.evaluate.provenance import weights_sha256
 from locas.evaluate.statistics import paired_bootstrap
+from locas.store import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -38,9 +39,10 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    """Writes the page and the README's tables."""
-    PAGE.write_text(page())
-    README.write_text(with_tables(README.read_text()))
+    """Writes the page and the README's tables; neither, where one of them fails."""
+    made = {PAGE: page(), README: with_tables(README.read_text(encoding="utf-8"))}
+    for path, text in made.items():
+        write_atomically(path, text.encode())
     return 0
 
 
@@ -70,7 +72,7 @@ def page() -> str:
         if section is bench:
             parts.append(at_a_glance([json.loads(path.read_text()) for path in paths]))
         for path in paths:
-            report = json.loads(path.read_text())
+            report = json.loads(path.read_text(encoding="utf-8"))
             parts.append(section(report) + provenance(path, report, carried))
         if not paths:
             print(f"{RESULTS / name}.json is missing", file=sys.stderr)
@@ -82,7 +84,7 @@ def with_tables(text: str) -> str:
     """The text with what stands between its marks made anew from the file that each mark names."""
 
     def table(mark: re.Match[str]) -> str:
-        report = json.loads((RESULTS / mark[2]).read_text())
+        report = json.loads((RESULTS / mark[2]).read_text(encoding="utf-8"))
         kinds = {
             "comparisons": dialogues_in_brief,
             "at_equal_gain": forgetting_in_brief,
@@ -94,7 +96,11 @@ def with_tables(text: str) -> str:
 
 
 def brief(report: Row) -> str:
-    """Test books in one table: each method's loss, its distance from truncated reading, ours from it, and its cost."""
+    """Test books in one table: each method's loss, its distance from truncated reading, ours from it, and its cost.
+
+    Losses are over all tokens of all books, so that long books count more; distances are means over books, which is
+    why they are not the losses' differences.
+    """
     apart = {(p["method"], p["minus"]): p for p in report["paired"]}
 
     def distance(method: str, minus: str, sign: int) -> str:
@@ -118,7 +124,15 @@ def brief(report: Row) -> str:
         ]
         for name, m in report["methods"].items()
     ]
-    header = ["perplexity", "bits per byte", "minus truncation's", "Locas's minus its", "parameters", "time", "memory"]
+    header = [
+        "perplexity of all tokens",
+        "bits per byte of all tokens",
+        "minus truncation's, mean over books",
+        "Locas's minus its, mean over books",
+        "parameters",
+        "time, mean over books",
+        "memory, mean over books",
+    ]
     return markdown([extent(report), *header], lines)
 
 
@@ -193,8 +207,10 @@ def contents(parts: list[str]) -> str:
 
 def backbones() -> str:
     """Bits per byte of development books, read without memory: the built-in backbones and the one before them."""
-    found = {name: json.loads((BACKBONES / name / "evaluation.json").read_text()) for name in built_in()}
-    found["before"] = json.loads((RESULTS / "backbone_before.json").read_text())
+    found = {
+        name: json.loads((BACKBONES / name / "evaluation.json").read_text(encoding="utf-8")) for name in built_in()
+    }
+    found["before"] = json.loads((RESULTS / "backbone_before.json").read_text(encoding="utf-8"))
     columns = [(name, form) for name in found for form in ("wrapped", "reflowed")]
     cells = {(r["book"], n, r["form"]): r["bits_per_byte"] for n, report in found.items() for r in report["books"]}
     books_ = sorted({book for book, _, _ in cells}, key=lambda book: book.zfill(9))
@@ -329,8 +345,9 @@ def headline(report: Row) -> str:
     header = ["method", "bits per byte", "perplexity", "mean of chunks'", "parameters", "time", "memory"]
     seeds = ", ".join(map(str, report["seeds"]))
     text = (
-        f"## Test books: {extent(report)}\nSeeds {seeds}. Perplexity is exp of the mean loss; the mean "
-        "of chunks' is TempLoRA's definition. Time and memory are relative to truncated reading, in the same run.\n\n"
+        f"## Test books: {extent(report)}\nSeeds {seeds}. Bits per byte and perplexity, exp of the mean loss, are of "
+        "all books' tokens together, and so is the mean of chunks', TempLoRA's definition; paired differences are "
+        "means over books. Time and memory are relative to truncated reading, in the same run, means over books.\n\n"
     )
     return text + markdown(header, lines) + "\n" + _marks(methods) + _pairs(report["paired"]) + _per_book(report)
 

@@ -2,27 +2,28 @@
 
     python recipes/tune_baselines.py ../shared/data/books/dev -o runs/tune --max-tokens 30000
     python recipes/tune_baselines.py ../shared/data/books/dev -o runs/tune --only templora-tuned,dynamic  # some of them
-    python recipes/tune_baselines.py --table
+    python recipes/tune_baselines.py --table           # what was chosen (*), and whether it is at the edge of the grid
 
 Each baseline gets the settings with the lowest mean of bits per byte over the books; `recipes/books.py` uses them. What
-is already measured is not run again. A setting that diverges on a book counts as infinitely bad.
+the folder has is not run again, and the result file keeps what is not measured again: it must be of the same books,
+backbone and versions (see `_setup.py`). A setting that diverges on a book counts as infinitely bad.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from _setup import book_paths, options, quiet_backbone, write_report
+from _setup import book_paths, options, quiet_backbone, read_report, resumed, write_report
 
 import locas
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun
 from locas.evaluate.provenance import environment
+from locas.evaluate.weights import RECIPES
 from locas.metrics import Score
 from locas.text import collect
 
@@ -31,15 +32,17 @@ BOOKS = "5962,26239"  # prose in the form that the built-in backbone knows
 
 
 def grid() -> Iterator[str]:
-    """Every setting that is tried."""
+    """Every setting that is tried: where the best was at an edge, one value beyond it was added (see `edges`)."""
     yield REFERENCE
-    yield from (f"templora-tuned:lr={lr:g}" for lr in (1e-3, 2e-3, 4e-3, 8e-3))
-    for steps in (1, 2):
+    for steps in ("", ":steps=1", ":steps=3"):  # its own are two
+        yield from (f"templora-tuned:lr={lr:g}{steps}" for lr in (1e-3, 2e-3, 4e-3, 8e-3))
+    for steps in (1, 2, 3):
         yield from (f"lora-pissa:lr={lr:g}:steps={steps}" for lr in (3e-4, 1e-3, 3e-3))
         yield from (f"lora-eva:lr={lr:g}:steps={steps}" for lr in (1e-3, 2e-3, 4e-3))
-        yield from (f"ffn-inplace:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 1e-3))
+        yield from (f"ffn-inplace:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 1e-3, 3e-3))
         yield from (f"dynamic:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 6e-4))
-        yield from (f"locas-recomputed:lr={lr:g}:steps={steps}" for lr in (0.05, 0.07, 0.1))
+    for steps in (1, 2):
+        yield from (f"locas-recomputed:lr={lr:g}:steps={steps}" for lr in (0.05, 0.07, 0.1, 0.14))
 
 
 def bits(backbone: locas.Backbone, book: Book, folder: Path, method: str) -> dict[str, Any]:
@@ -73,15 +76,37 @@ def choose(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, str]
     return means, chosen
 
 
-def _others(path: Path, methods: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the result file says of the names that none of these methods has."""
-    if not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    if report["settings"] != settings:
+def edges(method: str, tried: Iterable[str]) -> list[str]:
+    """Where the best may lie beyond what was tried, e.g. ["lr above 0.001"]: for each option, beside the values that
+    were tried with the others as they are. Nothing is below one step."""
+    chosen = _resolved(method)
+    name, found = method.partition(":")[0], []
+    others = [_resolved(m) for m in tried if m.partition(":")[0] == name]
+    for key, value in chosen.items():
+        values = [options[key] for options in others if options | {key: value} == chosen]
+        found += [f"{key} above {value:g}"] if value == max(values) else []
+        found += [f"{key} below {value:g}"] if value == min(values) and (key, value) != ("steps", 1) else []
+    return found
+
+
+def _resolved(method: str) -> dict[str, Any]:
+    """Learning rate and steps, as given or the method's own."""
+    parsed = Method.parse(method)
+    recipe = RECIPES.get(parsed.name)
+    return {key: parsed.options.get(key, getattr(recipe, key, None)) for key in ("lr", "steps")}
+
+
+def earlier(path: Path, here: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the result file.
+
+    Raises:
+        SystemExit: it is of other books, or see `resumed`.
+    """
+    report = resumed(path, here, "--results")
+    if report["results"] and report["settings"] != settings:
         raise SystemExit(f"{path} was measured with {report['settings']}, not {settings}; give another --results")
-    names = {m.partition(":")[0] for m in methods}
-    return [row for row in report["results"] if row["method"].partition(":")[0] not in names]
+    rows: list[dict[str, Any]] = report["results"]
+    return rows
 
 
 def main() -> int:
@@ -92,23 +117,27 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "tune_baselines.json")
     args = parser.parse_args()
     if args.table or args.folder is None or args.output is None:
-        report = json.loads(args.results.read_text())
-        for method, mean in sorted(report["means"].items(), key=lambda item: item[1] or math.inf):
-            print(f"{mean or math.inf:.4f}  {method}{'  *' if method in report['chosen'].values() else ''}")
+        report = read_report(args.results)
+        for method, mean in sorted(report.get("means", {}).items(), key=lambda item: item[1] or math.inf):
+            mark = ""
+            if method in report["chosen"].values():
+                beyond = edges(method, report["means"]) if method.partition(":")[0] in RECIPES else []
+                mark = "  *" + (f" at the edge: no {', no '.join(beyond)} was tried" if beyond else "")
+            print(f"{mean or math.inf:.4f}  {method}{mark}")
         return 0
-    backbone = quiet_backbone(args)
-    settings = {"books": args.books, "max_tokens": args.max_tokens}
+    backbone, settings = quiet_backbone(args), {"books": args.books, "max_tokens": args.max_tokens}
+    rows = earlier(args.results, where := environment(backbone), settings)
     documents = collect(book_paths(args), gutenberg=True, reflow=True)
     books = [Book.of(document, backbone, args.max_tokens) for document in documents]
     wanted = [m for m in grid() if not args.only or m.startswith(tuple(args.only.split(",")))]
-    rows = _others(args.results, wanted, settings) if args.only else []
     for method in wanted:
-        for book in books:
-            rows.append(bits(backbone, book, args.output, method))
-            print(f"{rows[-1]['bits_per_byte']:.4f}  {book.name}  {method}", flush=True)
+        measured = [bits(backbone, book, args.output, method) for book in books]
+        for row in measured:
+            print(f"{row['bits_per_byte']:.4f}  {row['book']}  {method}", flush=True)
+        rows = [row for row in rows if row["method"] != method] + measured
         means, chosen = choose(rows)
-        where = environment(backbone) | {"seeds": [0], "settings": settings}
-        write_report(args.results, where | {"means": means, "chosen": chosen, "results": rows})
+        more = {"seeds": [0], "settings": settings, "means": means, "chosen": chosen, "results": rows}
+        write_report(args.results, where | more)
     return 0
 
 

@@ -202,6 +202,7 @@ def test_mmlu_is_asked_before_and_after_without_a_network(
         ).stdout
     )["mmlu"]
     assert (found["n"], found["shots"], found["cut"]) == (4, 1, 0)
+    assert len(found["questions_sha256"]) == 64
     assert 0 <= found["accuracy"] <= 1
     assert list(found["after"]) == ["locas r2"]  # at the method's own step size only
 

@@ -1,6 +1,5 @@
-"""Gain against change: KL worked out by hand, nothing learnt changes nothing, the dial, the frontier, MMLU's files."""
+"""Gain against change: KL worked out by hand, nothing learnt changes nothing, the dial, measurements, MMLU's files."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from locas.evaluate.forgetting import (
     run,
     unrelated_text,
 )
-from locas.evaluate.forgetting_figures import equal_gain, joined, least_kl, summarise
 from locas.evaluate.learners import Locas, make
 from locas.evaluate.mmlu import read_csv
 from locas.stream import Reader, ReadSettings
@@ -318,72 +316,7 @@ def test_other_configurations_are_refused(methods: list[str], factors: list[floa
         configs(backbone(), methods, [2], factors, READ)
 
 
-# -------------------------------------------------------------------- figures
-
-
-def point(gain: float, kl: float, label: str = "x", scale: float = 1.0) -> dict[str, Any]:
-    return {"gain": gain, "kl": kl, "label": label, "scale": scale}
-
-
-def test_the_least_kl_is_what_is_worked_out_by_hand() -> None:
-    dialled = [point(0.1, 0.01, "x", 0.5), point(0.2, 0.09, "x", 1.0)]
-    assert least_kl(dialled, 0.05) == pytest.approx(0.0025)  # from scale 0, where the root of KL is 0
-    assert least_kl(dialled, 0.15) == pytest.approx(0.04)  # halfway between the roots 0.1 and 0.3
-    assert least_kl(dialled, 0.2) == pytest.approx(0.09)
-    assert least_kl(dialled, 0.21) == math.inf  # nothing is extrapolated
-    too_far = [*dialled, point(0.1, 0.36, "x", 2.0)]  # past the best scale: less gain for more KL
-    assert least_kl(too_far, 0.15) == pytest.approx(0.04)
-    assert least_kl([*dialled, point(0.16, 0.03, "y")], 0.15) == pytest.approx(0.03)  # another configuration, as it is
-    assert least_kl([point(0.3, 0.04, "y"), point(0.1, 0.01, "z")], 0.05) == pytest.approx(0.01)
-    assert least_kl([], 0.1) == math.inf
-
-
-def test_kl_at_equal_gain_is_what_is_worked_out_by_hand() -> None:
-    ours = [point(0.1, 0.01, "x", 0.5), point(0.2, 0.04, "x", 1.0)]  # root of KL = gain
-    theirs = [point(0.1, 0.04, "y", 0.5), point(0.3, 0.36, "y", 1.0)]  # root of KL = 2 * gain
-    found = equal_gain(ours, theirs)
-    assert [round(x["gain"], 12) for x in found] == [0.04, 0.08, 0.12, 0.16, 0.2]
-    assert [x["kl"] for x in found] == pytest.approx([x["gain"] ** 2 for x in found])
-    assert [x["kl_against"] for x in found] == pytest.approx([4 * x["gain"] ** 2 for x in found])
-    assert [x["ratio"] for x in found] == pytest.approx([0.25] * 5)
-    assert equal_gain(ours, [point(-0.1, 0.1, "y")]) == []
-    assert equal_gain(ours, []) == []
-
-
-def test_points_are_means_over_books_and_those_without_all_books_are_not_compared() -> None:
-    def row(book: str, label: str, method: str, gain: float, kl: float) -> dict[str, Any]:
-        base = {"rank": 2, "lr_factor": 1.0, "scale": 1.0, "parameters": 7, "seconds": 1.0, "bit_exact": True}
-        return base | {
-            "book": book,
-            "label": label,
-            "method": method,
-            "gain": gain,
-            "kl": kl,
-            "bits_per_byte_change": 0.5,
-            "mmlu": None,
-        }
-
-    rows = [
-        row("a", "x", "locas", 0.1, 0.01),
-        row("b", "x", "locas", 0.3, 0.03),
-        row("a", "y", "templora", 0.2, 0.08),
-        row("b", "y", "templora", 0.2, 0.08),
-        row("a", "z", "templora", 9.0, 0.0),
-    ]
-    found = summarise({"rows": rows, "failed": [{"book": "b", "label": "z"}], "mmlu": None})
-    x, _, z = found["points"]
-    assert (x["gain"], x["kl"], x["books"], z["books"]) == (pytest.approx(0.2), pytest.approx(0.02), 2, 1)
-    assert 0.1 <= x["gain_low"] <= 0.2 <= x["gain_high"] <= 0.3
-    (pair,) = found["at_equal_gain"]
-    assert pair["left_out"] == []
-    assert [p["share"] for p in pair["at"]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert [p["books"]["a"]["ratio"] for p in pair["at"]] == pytest.approx([1 / 8] * 5)
-    assert [p["books"]["b"]["ratio"] for p in pair["at"]] == pytest.approx([3 / 8] * 5)
-    assert [p["ratio"] for p in pair["at"]] == pytest.approx([3**0.5 / 8] * 5)
-    nothing = [row | {"gain": -0.1} if (row["book"], row["label"]) == ("b", "x") else row for row in rows[:4]]
-    (pair,) = summarise({"rows": nothing, "failed": [], "mmlu": None})["at_equal_gain"]
-    assert pair["left_out"] == ["b"]
-    assert [p["ratio"] for p in pair["at"]] == pytest.approx([1 / 8] * 5)
+# -------------------------------------------------------------------- cells
 
 
 def test_cells_are_on_the_disk_at_once_and_their_names_depend_on_everything(tmp_path: Path) -> None:
@@ -422,48 +355,3 @@ def test_damaged_files_are_refused(tmp_path: Path, content: str, says: str) -> N
     path.write_text(content)
     with pytest.raises(ValueError, match=says):
         read_csv(path)
-
-
-def test_a_method_is_added_to_earlier_results() -> None:
-    found = json.loads((Path(__file__).parents[2] / "results" / "forgetting_test.json").read_text())
-
-    def only(method: str) -> dict[str, Any]:
-        part = json.loads(json.dumps(found))
-        part["rows"] = [row for row in part["rows"] if row["method"] == method]
-        kept = {row["label"] for row in part["rows"]}
-        part["settings"]["configurations"] = {k: v for k, v in found["settings"]["configurations"].items() if k in kept}
-        return part
-
-    ours, theirs = only("locas-recomputed"), only("templora-tuned")
-    both = joined(theirs, ours)
-    assert sorted(both["rows"], key=lambda row: row["book"]) == found["rows"]
-    for key in ("points", "at_equal_gain", "mmlu", "failed", "bit_exact"):
-        assert both[key] == found[key], key
-    assert both["settings"] == found["settings"]
-    assert joined(both, ours)["points"] == both["points"]
-    assert joined(ours, theirs)["at_equal_gain"][0]["method"] == "templora-tuned"
-    ours["settings"]["forgetting"]["scales"] = [2.0, 0.25]
-    assert joined(theirs, ours)["settings"]["forgetting"]["scales"] == [0.25, 0.5, 0.75, 1.0, 2.0]
-    ours["settings"]["forgetting"]["later_tokens"] += 1
-    with pytest.raises(ValueError, match="how much is learnt and looked at differ"):
-        joined(theirs, ours)
-    for row in theirs["rows"]:
-        row["unrelated"]["another.txt"] = {}
-    with pytest.raises(ValueError, match="unrelated texts differ"):
-        joined(theirs, only("locas-recomputed"))
-
-
-def test_a_book_is_added_to_earlier_results() -> None:
-    found = json.loads((Path(__file__).parents[2] / "results" / "forgetting_test.json").read_text())
-    first, *others = sorted({row["book"] for row in found["rows"]})
-    one, rest = (
-        found | {"rows": [row for row in found["rows"] if row["book"] in books]} for books in ([first], others)
-    )
-    both = joined(rest, one)
-    for key in ("at_equal_gain", "mmlu", "failed", "bit_exact", "settings"):
-        assert both[key] == found[key], key
-    assert sorted(both["rows"], key=str) == sorted(found["rows"], key=str)
-    half = joined(rest, one | {"rows": [row for row in one["rows"] if row["method"] == "locas-recomputed"]})
-    assert {p["books"] for p in half["points"] if p["method"] == "locas-recomputed"} == {1 + len(others)}
-    assert {p["books"] for p in half["points"] if p["method"] != "locas-recomputed"} == {len(others)}
-    assert half["at_equal_gain"] == []

@@ -12,19 +12,19 @@ import tables  # noqa: E402
 
 
 def test_the_page_is_made_from_the_files_as_they_are() -> None:
-    assert (ROOT / "docs" / "results.md").read_text() == tables.page(), "run python recipes/tables.py"
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == tables.page(), "run python recipes/tables.py"
 
 
 def test_the_readme_has_the_figures_of_the_files() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(tables.MARKED.findall(readme)) >= 2
     assert tables.with_tables(readme) == readme, "run python recipes/tables.py"
 
 
 def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in tables.RESULTS.glob("*.json"):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         if path.stem.startswith("books_"):
             report["methods"]["locas"]["perplexity"] = 12345.6
         if path.stem.startswith("dialogue_"):
@@ -35,7 +35,7 @@ def test_another_figure_in_a_file_changes_the_readme(tmp_path: Path, monkeypatch
                 pair["at"][0]["ratio"] = 0.123
         if path.stem.startswith("bench_"):
             report["relative_time"]["locas_exact"] = 98.76
-        (tmp_path / path.name).write_text(json.dumps(report))
+        (tmp_path / path.name).write_text(json.dumps(report), encoding="utf-8")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     changed = tables.with_tables(readme)
     marked = [name for _, name, _ in tables.MARKED.findall(readme)]
@@ -52,3 +52,27 @@ def test_a_difference_is_turned_round_with_its_interval_and_count() -> None:
     table = tables.brief(report)
     assert "-0.020 [-0.040, -0.010], 4 of 5" in table
     assert "3 books, the first 7 tokens of each" in table
+
+
+def test_a_table_that_fails_leaves_both_files_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"PAGE": "the page – before", "README": "<!-- results/x.json -->\nold – figures\n<!-- end -->\n"}
+    for name, text in texts.items():
+        monkeypatch.setattr(tables, name, tmp_path / name)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "page", lambda: "the page – after")
+
+    def now() -> dict[str, str]:
+        return {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir() if path.suffix != ".json"}
+
+    with pytest.raises(FileNotFoundError, match=r"x\.json"):  # the README's table, once the page is made
+        tables.main()
+    assert now() == texts
+    (tmp_path / "x.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(tables, "brief", lambda report: "new – figures\n")
+    assert tables.main() == 0
+    assert now() == {"PAGE": "the page – after", "README": texts["README"].replace("old", "new")}
+    monkeypatch.setattr(tables, "page", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tables.main()
+    assert now()["PAGE"] == "the page – after"

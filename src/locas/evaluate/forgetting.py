@@ -189,7 +189,7 @@ def run(
 
     Returns:
         {"rows": one for each configuration, book and scale, see `measure`, "failed": configurations that diverged,
-        "mmlu": the backbone's own accuracy, or None}
+        "mmlu": the backbone's own accuracy, and which questions were asked, or None}
 
     Raises:
         ValueError: two books, or two unrelated texts, of one name.
@@ -202,7 +202,8 @@ def run(
     who = identity(backbone)
     result: dict[str, Any] = {"rows": [], "failed": [], "mmlu": None}
     if mmlu is not None:
-        result["mmlu"] = cells.get(key_of(what="mmlu", backbone=who, mmlu=mmlu.key), lambda: mmlu(backbone))
+        before = cells.get(key_of(what="mmlu", backbone=who, mmlu=mmlu.key), lambda: mmlu(backbone))
+        result["mmlu"] = before | {"questions_sha256": mmlu.questions_sha256}
     for learnt, (config, setup) in product(books, chosen):
         others = [u for u in unrelated if u.sha256 != learnt.sha256]
         asked = mmlu if config.lr_factor == 1 else None

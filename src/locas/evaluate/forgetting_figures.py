@@ -15,6 +15,9 @@ from locas.store import write_atomically
 
 Row = dict[str, Any]
 GAINS_COMPARED = 5  # at so many gains, evenly spread over what two methods have in common
+_LOOKED_AT = ("window", "chunk", "start_in_every_window", "reuse", "refresh", "sinks")  # how, of the read settings
+_MMLU = ("accuracy", "standard_error", "n", "shots", "cut", "harness", "questions_sha256")  # the last one: since then
+_ALIKE = 1e-4  # nats or bits by which the bare backbone may differ on one text: rounding on another machine
 
 
 def summarise(result: dict[str, Any]) -> dict[str, Any]:
@@ -53,23 +56,13 @@ def joined(earlier: Row, later: Row) -> Row:
     those configurations that every book of either has; their output scales may differ.
 
     Raises:
-        ValueError: the backbone, how much was learnt and looked at, or the unrelated texts are not the same.
+        ValueError: the two were not measured alike: backbone, how much was learnt and looked at and in which windows,
+            the texts, MMLU's questions, or the settings of a configuration of which rows of both would be kept.
     """
-    same = {
-        "backbone": lambda x: x["backbone"],
-        "how much is learnt and looked at": lambda x: (
-            {k: v for k, v in x["settings"]["forgetting"].items() if k != "scales"},
-            x["settings"]["max_tokens"],
-        ),
-        "unrelated texts": lambda x: sorted({name for r in x["rows"] for name in r["unrelated"]}),
-    }
-    for what, of in same.items():
-        if of(earlier) != of(later):
-            raise ValueError(f"these results cannot be joined: {what} differ, {of(earlier)} and {of(later)}")
     new = {(r["label"], r["book"]) for r in (*later["rows"], *later["failed"])}
-    result = {
-        key: later[key] + [r for r in earlier[key] if (r["label"], r["book"]) not in new] for key in ("rows", "failed")
-    }
+    kept = {key: [r for r in earlier[key] if (r["label"], r["book"]) not in new] for key in ("rows", "failed")}
+    _check_alike(earlier, later, {r["label"] for r in (*kept["rows"], *kept["failed"])} & {label for label, _ in new})
+    result = {key: later[key] + kept[key] for key in ("rows", "failed")}
     one, other = earlier["settings"], later["settings"]
     scales = sorted({*one["forgetting"]["scales"], *other["forgetting"]["scales"]})
     settings = {
@@ -81,9 +74,64 @@ def joined(earlier: Row, later: Row) -> Row:
         later
         | {"settings": other | settings}
         | {"measured_at_commits": sorted(map(str, commits))}
-        | summarise(result | {"mmlu": later["mmlu"] or earlier["mmlu"]})
+        | summarise(result | {"mmlu": (earlier["mmlu"] or {}) | (later["mmlu"] or {}) or None})
         | {"rows": result["rows"]}
     )
+
+
+def _check_alike(earlier: Row, later: Row, mixed: set[str]) -> None:
+    """Raises ValueError unless the two were measured alike. mixed: configurations of which both keep rows."""
+    sides = (earlier, later)
+    compared = {
+        "backbone": [x["backbone"] for x in sides],
+        "how much is learnt and looked at": [
+            {k: v for k, v in x["settings"]["forgetting"].items() if k != "scales"}
+            | {"max_tokens": x["settings"]["max_tokens"]}
+            for x in sides
+        ],
+        "windows and chunks": [{k: x["settings"]["read"].get(k) for k in _LOOKED_AT} for x in sides],
+        "unrelated texts": [{"names": sorted({n for r in x["rows"] for n in r["unrelated"]})} for x in sides],
+        "texts as the bare backbone reads them": _texts(earlier["rows"], later["rows"]),
+        "MMLU's questions": _asked(earlier["mmlu"], later["mmlu"]),
+        **{label: [x["settings"]["configurations"][label] for x in sides] for label in sorted(mixed)},
+    }
+    for what, (one, other) in compared.items():
+        if found := _differences(one, other):
+            raise ValueError(
+                f"these results cannot be joined: {what} differ ({found}); measure again what is to be compared"
+            )
+
+
+def _texts(*sides: Sequence[Row]) -> list[Row]:
+    """How long each text is, and what the bare backbone makes of it: those that both sides' rows have."""
+    found: list[Row] = [{}, {}]
+    for texts, rows in zip(found, sides, strict=True):
+        for r in rows:
+            texts[f"book {r['book']}"] = {k: r[k] for k in ("tokens", "later_tokens", "later_nll")}
+            for name, on in r["unrelated"].items():
+                texts[f"unrelated {name}"] = {k: on[k] for k in ("tokens", "bits_per_byte")}
+    return [{k: texts[k] for k in found[0].keys() & found[1].keys()} for texts in found]
+
+
+def _asked(one: Row | None, other: Row | None) -> list[Row]:
+    """What says which questions of MMLU were asked, and how; nothing where only one of them has any. Files of before
+    their hash was noted are told apart by what the bare backbone answers."""
+    if one is None or other is None:
+        return [{}, {}]
+    keys = ["n", "shots", "cut", "harness"]
+    keys.append("questions_sha256" if "questions_sha256" in one and "questions_sha256" in other else "accuracy")
+    return [{key: x[key] for key in keys} for x in (one, other)]
+
+
+def _differences(one: Any, other: Any, name: str = "") -> str:
+    """What differs, e.g. "read.window: 512 and 1024"; numbers may differ by rounding. Nothing where all is the same."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = {key: f"{name}.{key}" if name else str(key) for key in (*one, *other)}
+        found = [_differences(one.get(key, "nothing"), other.get(key, "nothing"), n) for key, n in names.items()]
+        return ", ".join(x for x in found if x)
+    both = isinstance(one, float) and isinstance(other, float)
+    rounded = both and name.endswith(("later_nll", "bits_per_byte")) and abs(one - other) <= _ALIKE
+    return "" if rounded or one == other else f"{name}: {one} and {other}"
 
 
 def _point(rows: Sequence[Row]) -> Row:
@@ -175,7 +223,7 @@ def _mmlu(result: dict[str, Any]) -> dict[str, Any] | None:
         if row.get("mmlu"):
             after.setdefault(row["label"], []).append(row["mmlu"]["accuracy"])
     return {
-        **{key: before[key] for key in ("accuracy", "standard_error", "n", "shots", "cut", "harness")},
+        **{key: before[key] for key in _MMLU if key in before},
         "after": {label: sum(found) / len(found) for label, found in after.items()},
         "books": {label: len(found) for label, found in after.items()},
     }

@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import io
+import json
 import logging
 import os
 import warnings
@@ -39,6 +40,9 @@ class Mmlu:
         limit: questions of each subject, the first ones; None: all.
         subjects: only these; None: all that the folder has.
         batch: questions at once.
+
+    Attributes:
+        questions_sha256: of the questions that are asked, and the solved examples.
 
     Raises:
         ValueError: lm-evaluation-harness is missing, a folder without such files, or a damaged file.
@@ -71,6 +75,8 @@ class Mmlu:
         self.data = {name: splits for name, splits in self.data.items() if not subjects or name in subjects}
         text = repr([sorted(self.data.items()), shots, limit, lm_eval.__version__])
         self.key = hashlib.sha256(text.encode()).hexdigest()
+        asked = {name: [splits["test"][:limit], splits["dev"]] for name, splits in self.data.items()}
+        self.questions_sha256 = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, backbone: Backbone) -> dict[str, Any]:
         """Asks the backbone, with whatever is attached to it.
