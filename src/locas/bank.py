@@ -323,6 +323,12 @@ class Bank:
         """A copy on another device or in another dtype."""
         return self.like(self.rows.to(device, dtype), self.tau.to(device, dtype), self.frozen)
 
+    def scaled(self, strength: float) -> Bank:
+        """A copy whose reads are `strength` times these."""
+        bank = self.clone()
+        bank.tau.mul_(strength)
+        return bank
+
     def select(self, i: int) -> Bank:
         """A copy of memory `i`, as a bank of one."""
         if not 0 <= i < self.size:

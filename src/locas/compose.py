@@ -80,15 +80,9 @@ def compose(
         texts = [torch.as_tensor(ids) for ids in fit]
         for memory in memories:
             memory.check(model)
-        parts = [_scaled(memory.bank, weight) for memory, weight in zip(memories, scales, strict=True)]
+        parts = [memory.bank.scaled(weight) for memory, weight in zip(memories, scales, strict=True)]
         record["fit"] = fit_composed(model, bank, parts, texts, settings or FitSettings(), start_id=start_id)
     return Memory(bank, _provenance(memories, record))
-
-
-def _scaled(bank: Bank, weight: float) -> Bank:
-    bank = bank.clone()
-    bank.tau.mul_(weight)
-    return bank
 
 
 def _weights(weights: Sequence[float] | None, n: int) -> list[float]:

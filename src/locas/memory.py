@@ -13,6 +13,7 @@ with memory.attached(model):
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -101,6 +102,27 @@ class Memory:
         """
         self.check(model)
         return attached(model, self.bank)
+
+    def scaled(self, strength: float) -> Memory:
+        """A copy with `strength` times the output: a dial between the backbone, 0, and all that was learnt, 1.
+
+            with memory.scaled(0.75).attached(model):
+                ...
+
+        Of a finished memory, three quarters keep nearly all of the gain and half of the change elsewhere
+        (docs/results.md, "Forgetting").
+
+        Raises:
+            ValueError: not a finite number.
+        """
+        if not math.isfinite(strength):
+            raise ValueError(f"a memory's strength must be a finite number, 1 as it was learnt; got {strength}")
+        before = self.provenance.settings.get("strength")  # a file may say anything
+        noted = strength * (before if isinstance(before, int | float) else 1.0)
+        provenance = replace(self.provenance, settings={**self.provenance.settings, "strength": noted})
+        scaled = Memory(self.bank.scaled(strength), provenance)
+        scaled._fits = self._fits
+        return scaled
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError unless this memory was made with this very backbone."""

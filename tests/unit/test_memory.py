@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import locas
+import locas.compose
 from families import VOCAB, tiny_model
 from helpers import START, fill, memory_for, same_bytes, snapshot, text
 from locas.bank import Bank
@@ -51,6 +52,36 @@ def hooks(model: PreTrainedModel) -> int:
 
 def sha(ids: Sequence[int]) -> str:
     return hashlib.sha256(b"".join(struct.pack("<q", i) for i in ids)).hexdigest()
+
+
+# -------------------------------------------------------------------- strength
+
+
+@families
+def test_strength_is_a_dial_from_the_backbone_to_all_that_was_learnt(family: str, model_of: ModelOf) -> None:
+    model = model_of(family, torch.float64)
+    memory = learnt(model, text(41))
+    before, plain, whole = memory.bank.clone(), logits(model), logits(model, memory)
+    assert same_bytes(logits(model, memory.scaled(1)), whole)
+    torch.testing.assert_close(logits(model, memory.scaled(0)), plain, rtol=0, atol=0)
+    halves = locas.compose.compose([memory, memory], weights=[0.25, 0.25])
+    torch.testing.assert_close(logits(model, memory.scaled(0.5)), logits(model, halves), rtol=1e-11, atol=1e-11)
+    distances = [(logits(model, memory.scaled(s)) - plain).abs().max() for s in (0.25, 0.5, 0.75, 1)]
+    assert distances == sorted(distances)
+    assert same_bytes(memory.bank.rows, before.rows)
+    assert same_bytes(memory.bank.tau, before.tau)
+
+
+def test_strength_is_noted_with_the_memory(model_of: ModelOf, tmp_path: Path) -> None:
+    model = model_of("llama", torch.float32)
+    memory = learnt(model, text(41))
+    memory.scaled(0.5).scaled(0.5).save(tmp_path / "m.safetensors")
+    loaded = load(tmp_path / "m.safetensors", model)
+    assert loaded.provenance.settings["strength"] == 0.25
+    assert torch.equal(loaded.bank.tau, memory.bank.tau / 4)
+    assert "strength" not in memory.provenance.settings
+    with pytest.raises(ValueError, match="strength must be a finite number, 1 as it was learnt; got nan"):
+        memory.scaled(float("nan"))
 
 
 # -------------------------------------------------------------------- there and back
