@@ -115,13 +115,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fail(error: Exception, as_json: bool) -> int:
-    """Prints an error as the user should see it; returns the exit status for it."""
+def fail(error: Exception, as_json: bool, status: int = 2) -> int:
+    """Prints an error as the user should see it; returns the exit status."""
     text = str(error) or repr(error)
     err.print(f"error: {text}", style="bold red", soft_wrap=True, markup=False)
     if as_json:
         print_json({"error": text})
-    return 2
+    return status
 
 
 def percent(new: float, old: float) -> str:
