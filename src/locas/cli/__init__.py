@@ -162,8 +162,11 @@ def _parse(args: list[str]) -> Any:
 
 
 def _quiet_transformers() -> None:
-    """Only our own progress bars and errors on the terminal."""
+    """Only our own progress bars, those of downloads, and errors on the terminal."""
+    import huggingface_hub
     import transformers
 
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # of loading, and the hub's with it
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()
     transformers.logging.set_verbosity_error()
