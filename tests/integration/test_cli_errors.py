@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 
 from locas.backbone import load_backbone
-from processes import SMALL, Main
+from processes import SMALL, Main, sentences
 
 pytestmark = pytest.mark.integration
 
@@ -89,3 +91,24 @@ def test_other_errors_of_torch_keep_their_traceback(main: Main, monkeypatch: pyt
     monkeypatch.setenv("LOCAS_TRACEBACK", "1")
     with pytest.raises(MemoryError):
         main("generate", "It was")
+
+
+# -------------------------------------------------------------------- what is said on the way
+
+
+def test_downloads_have_bars_and_loading_has_none(main: Main) -> None:
+    huggingface_hub.utils.disable_progress_bars()
+    main("info", "nothing")
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
+    assert not transformers.logging.is_progress_bar_enabled()
+
+
+def test_a_folder_with_an_empty_file(tmp_path: Path, main: Main) -> None:
+    folder = tmp_path / "src"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "a.py").write_text(sentences(5))
+    status, out, err = main("memorize", folder, "-o", tmp_path / "m.safetensors", *SMALL, "--json")
+    assert status == 0
+    assert f"skipped {folder / '__init__.py'}: it is empty\n" in err
+    assert [d["name"] for d in json.loads(out)["documents"]] == ["a.py"]

@@ -159,9 +159,9 @@ def comparison(results: dict[str, Any], with_name: str = "with memory") -> Table
     return table
 
 
-def said_skipped(path: Any) -> None:
-    """Says that a text is left as it is, since it is no Project Gutenberg e-book."""
-    err.print(f"skipped {path}: no Project Gutenberg marks", style="dim", soft_wrap=True, markup=False)
+def said_skipped(path: str, why: str) -> None:
+    """Says that a file of a folder is left out."""
+    err.print(f"skipped {path}: it {why}", style="dim", soft_wrap=True, markup=False)
 
 
 def short(path: str | Path) -> str:

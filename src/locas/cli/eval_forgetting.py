@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, TextOptions, UserError, err, out, print_json
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    TextOptions,
+    UserError,
+    err,
+    out,
+    print_json,
+    said_skipped,
+)
 from locas.evaluate.cells import Cells, finite
 from locas.evaluate.forgetting import ForgettingSettings, book, configs, run, unrelated_text
 from locas.evaluate.forgetting_figures import draw, summarise
@@ -111,7 +121,11 @@ class EvalForgetting:
 
     def _unrelated(self) -> list[Any]:
         return collect(
-            self.unrelated, gutenberg=self.text.gutenberg, reflow=self.text.reflow, encoding=self.text.encoding
+            self.unrelated,
+            gutenberg=self.text.gutenberg,
+            reflow=self.text.reflow,
+            encoding=self.text.encoding,
+            on_skip=said_skipped,
         )
 
     def _summary(self, settings: ForgettingSettings, read: ReadSettings, chosen: Any, backbone: Any) -> dict[str, Any]:
