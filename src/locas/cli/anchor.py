@@ -23,6 +23,7 @@ from locas.cli.common import (
     TextOptions,
     UserError,
     backbone_memory,
+    check_memory,
     err,
     out,
     print_json,
@@ -77,6 +78,7 @@ class Anchor:
         if self.tokens < _LEAST_TOKENS:
             raise UserError(f"--tokens must be {_LEAST_TOKENS} or more, better thousands; got {self.tokens}")
         check_output(Path(self.output))
+        check_memory(self.memory)
         options, documents = self._collect(self.text)
         other_options, other_documents = self._collect(self.others) if self.others else (None, [])
         backbone = self.backbone.load()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locas.backbone import Backbone, Dtype, load_backbone
+from locas.bank import Bank
 from locas.memory import Memory, load
 from locas.run_settings import Text
 from locas.text import Document, collect
@@ -46,6 +47,29 @@ class BackboneOptions:
 def backbone_memory(path: str, backbone: Backbone) -> Memory:
     """A memory from its file, checked against the model and tokenizer that will use it."""
     return load(path, backbone.model, tokenizer_sha256=backbone.tokenizer_sha256)
+
+
+def check_memory(*paths: str | None) -> None:
+    """Reads memory files (where there are any) before a backbone is loaded: a wrong path, or a file that is damaged or
+    none of ours, is found at once."""
+    for path in paths:
+        if path is not None:
+            load(path)
+
+
+def all_frozen(bank: Bank) -> bool:
+    """Whether no slot of a memory can learn."""
+    frozen = bank.frozen_rows()
+    return frozen is not None and bool(frozen.all())
+
+
+def check_folder(path: str) -> None:
+    """Raises UserError where a folder for results cannot be made, before they are measured."""
+    for part in (Path(path), *Path(path).parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UserError(f"{short(part)} is a file; -o names a folder")
+            return
 
 
 @dataclass(frozen=True)
@@ -175,7 +199,10 @@ __all__ = [
     "OutputOptions",
     "TextOptions",
     "UserError",
+    "all_frozen",
     "backbone_memory",
+    "check_folder",
+    "check_memory",
     "comparison",
     "err",
     "fail",

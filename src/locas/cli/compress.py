@@ -20,6 +20,7 @@ from locas.cli.common import (
     TextOptions,
     UserError,
     backbone_memory,
+    check_memory,
     out,
     print_json,
 )
@@ -27,7 +28,7 @@ from locas.compress import Compressed, Method, compress
 from locas.grow import thaw
 from locas.memory import Memory, read
 from locas.metrics import Score, brief
-from locas.run_memories import may_be_replaced
+from locas.run_memories import check_output
 from locas.stream import ReadSettings
 
 
@@ -70,11 +71,10 @@ class Compress:
         began = time.perf_counter()
         if self.sample_tokens < 4:
             raise UserError(f"--sample-tokens must be 4 or more; got {self.sample_tokens}")
-        folder = Path(self.output).parent
-        if not folder.is_dir():
-            raise UserError(f"the folder {folder} does not exist; create it, or choose another -o")
-        if Path(self.output).is_dir() or (Path(self.output).exists() and not may_be_replaced(Path(self.output))):
-            raise UserError(f"{self.output} is not a memory and would be overwritten; choose another -o")
+        if self.rank < 1:
+            raise UserError(f"--rank must be 1 or more; got {self.rank}")
+        check_output(Path(self.output))
+        check_memory(self.memory)
         options = TextOptions(self.text, self.gutenberg, self.reflow, self.encoding, self.max_tokens)
         documents = options.collect()
         backbone = self.backbone.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +17,7 @@ from locas.cli.common import (
     OutputOptions,
     TextOptions,
     backbone_memory,
+    check_memory,
     comparison,
     err,
     out,
@@ -49,13 +50,13 @@ class ScoreText:
     show: OutputOptions = field(default_factory=OutputOptions)
 
     def run(self) -> int:
+        settings = ReadSettings(window=self.window, chunk=self.chunk)
+        check_memory(self.memory)
         documents = self.text.collect()
         backbone = self.backbone.load()
         memory = backbone_memory(self.memory, backbone) if self.memory else None
         texts = self.text.tokenize(documents, backbone)
-        settings = ReadSettings(
-            window=self.window, chunk=self.chunk, start_in_every_window=backbone.start_in_every_window
-        )
+        settings = replace(settings, start_in_every_window=backbone.start_in_every_window)
         results = score_texts(backbone, memory, texts, settings)
         if memory is not None:
             results["baseline"] = score_texts(backbone, None, texts, settings)
