@@ -1,5 +1,6 @@
 """What the command line says where it cannot go on."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 import transformers
 
+import locas
 from locas.backbone import load_backbone
+from locas.grow import freeze
 from processes import SMALL, Main, sentences
 
 pytestmark = pytest.mark.integration
@@ -91,6 +94,123 @@ def test_other_errors_of_torch_keep_their_traceback(main: Main, monkeypatch: pyt
     monkeypatch.setenv("LOCAS_TRACEBACK", "1")
     with pytest.raises(MemoryError):
         main("generate", "It was")
+
+
+# -------------------------------------------------------------------- wrong settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two texts, a memory (m), one of which every slot is frozen (frozen), and a damaged one."""
+    folder = tmp_path_factory.mktemp("wrong")
+    backbone = load_backbone(device="cpu")
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(sentences(5))
+    memory = locas.create(backbone.model, backbone.encode(sentences(2))[0], rank=2, name="tiny-glu")
+    memory.save(folder / "m")
+    freeze(memory).save(folder / "frozen")
+    raw = bytearray((folder / "m").read_bytes())
+    raw[-5] ^= 1
+    (folder / "damaged").write_bytes(raw)
+    return folder
+
+
+MEMORIZE = ("memorize", "{}/a.txt", "-o", "{}/new")
+CHAT = ("chat", "--learn", "--memory", "{}/new")
+EVAL = ("{}/a.txt", "-o", "{}/new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*MEMORIZE, "--freeze"), "only a memory that exists can grow, be frozen or be thawed"),
+        ((*MEMORIZE, "--grow", "-1"), "a memory grows by 1 slot or more"),
+        ((*MEMORIZE, "--memory", "{}/m", "--freeze"), "every slot of {}/m is frozen: nothing can be learnt"),
+        ((*MEMORIZE, "--memory", "{}/frozen"), "every slot of {}/frozen is frozen: nothing can be learnt"),
+        ((*MEMORIZE, "--memory", "{}/m", "--cycle", "1"), "is for Locas-MLP"),
+        ((*MEMORIZE, "--variant", "glu", "--cycle", "8"), "is for Locas-MLP"),
+        ((*MEMORIZE, "--rank", "8", "--cycle", "8"), "compressing 8 slots (the memory's capacity) to 8 leaves no room"),
+        ((*MEMORIZE, "--init-tokens", "0"), "init_tokens must be 1 or more; got 0"),
+        ((*MEMORIZE, "--layers", "5-3"), "layers '5-3' are not understood"),
+        ((*MEMORIZE, "--batch", "0"), "a batch has 1 text or more side by side; got 0"),
+        ((*MEMORIZE, "--window", "32", "--chunk", "32"), "a chunk of 32 tokens does not fit into a window of 32"),
+        (("memorize", "{}/a.txt", "-o", "{}/b.txt", "--batch", "2"), "b.txt is a file; -o names a folder"),
+        (("score", "{}/a.txt", "--window", "32", "--chunk", "64"), "a chunk of 64 tokens does not fit"),
+        (("score", "{}/a.txt", "--memory", "{}/damaged"), "is damaged"),
+        (("generate", "It was", "--memory", "{}/nothing"), "there is no file"),
+        (("generate", "It was", "--compare"), "--compare shows what a memory changes: add --memory FILE"),
+        (("anchor", "{}/damaged", "-o", "{}/new", "--text", "{}/a.txt"), "is damaged"),
+        (("compress", "{}/damaged", "-o", "{}/new", "--text", "{}/a.txt", "--rank", "1"), "is damaged"),
+        (("compress", "{}/m", "-o", "{}/new", "--text", "{}/a.txt", "--rank", "0"), "--rank must be 1 or more; got 0"),
+        (("compress", "{}/m", "-o", "{}", "--text", "{}/a.txt", "--rank", "1"), "is a folder; give the name of"),
+        (("compress", "{}/m", "-o", "{}/no/m", "--text", "{}/a.txt", "--rank", "1"), "does not exist; create it"),
+        (("compress", "{}/m", "-o", "{}/b.txt", "--text", "{}/a.txt", "--rank", "1"), "would be overwritten"),
+        (("compose", "{}/m", "{}/damaged", "-o", "{}/new", "--fit", "{}/a.txt", "--fit", "{}/b.txt"), "is damaged"),
+        (
+            ("compose", "{}/m", "-o", "{}/new", "--fit", "{}/a.txt", "--weights", "1,2"),
+            "1 memories need as many weights; got 2",
+        ),
+        (
+            ("compose", "{}/m", "-o", "{}/new", "--model", "tiny-glu", "--reflow"),
+            "--model, --reflow: composing needs no backbone and no text; add --fit TEXT for each memory, or leave them",
+        ),
+        (("chat", "--memory", "{}/m", "--rank", "3"), "say nothing without --learn"),
+        (("chat", "--chunk", "64"), "say nothing without --learn"),
+        (("chat", "--memory", "{}/damaged"), "is damaged"),
+        (("eval", "books", *EVAL, "--window", "8", "--chunk", "8"), "a chunk of 8 tokens does not fit"),
+        (("eval", "books", "{}/a.txt", "-o", "{}/b.txt"), "{}/b.txt is a file; -o names a folder"),
+        (("eval", "books", *EVAL, "--methods", "lorca"), "there is no method 'lorca'"),
+        (("eval", "dialogue", "{}/a.txt", "-o", "{}/b.txt/new"), "{}/b.txt is a file; -o names a folder"),
+        (("eval", "dialogue", *EVAL, "--window", "8", "--chunk", "8"), "a chunk of 8 tokens does not fit"),
+        (("eval", "forgetting", "{}/a.txt", "-o", "{}/b.txt"), "{}/b.txt is a file; -o names a folder"),
+        (("eval", "forgetting", *EVAL, "--methods", ""), "--methods '' names no method"),
+        (("eval", "forgetting", *EVAL, "--methods", "lorca"), "there is no method 'lorca'"),
+        (("eval", "forgetting", *EVAL, "--ranks", "x"), "--ranks 'x' is not understood"),
+        (("eval", "forgetting", *EVAL, "--mmlu-limit", "3"), "go with --mmlu DIR"),
+        (("bench", "--quick", "--parts", "rank"), "--quick measures reading, generating, memory"),
+        (("bench", "-o", "{}/b.txt"), "{}/b.txt is a file; -o names a folder"),
+        (("bench", "--methods", "lora"), "there is no method lora; there are truncation"),
+        (("bench", "--window", "8", "--chunk", "8"), "a chunk of 8 tokens does not fit"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
+)
+def test_wrong_settings_are_found_before_a_backbone_is_loaded(
+    arguments: tuple[str, ...], message: str, folder: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("common", "bench"):
+        monkeypatch.setattr(f"locas.cli.{place}.load_backbone", raising(AssertionError("a backbone is loaded")))
+    files = {p: p.read_bytes() for p in folder.iterdir()}
+    status, out, err = main(*(a.replace("{}", str(folder)) for a in arguments))
+    assert (status, out) == (2, "")
+    assert message.replace("{}", str(folder)) in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert {p: p.read_bytes() for p in folder.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--memory", "{}/no/new"), "does not exist; create it"),
+        (("--memory", "{}/a.txt"), "is not a readable safetensors file"),
+        (("--memory", "{}"), "is a folder"),
+        (("--memory", "{}/frozen"), "every slot of {}/frozen is frozen"),
+        (("--rank", "0"), "the rank must be 1 or more; got 0"),
+        (("--rank", "705"), "705"),
+        (("--window", "64"), "a chunk of 128 tokens does not fit into a window of 64"),
+        (("--window", "4096"), "is longer than the 2048"),
+    ],
+)
+def test_chat_finds_what_it_cannot_learn_with_before_the_first_reply(
+    more: tuple[str, ...], message: str, folder: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("I like whales.\n"))
+    given = [a.replace("{}", str(folder)) for a in (*CHAT, *more)]
+    status, out, err = main(*given)
+    assert (status, out) == (2, "")
+    assert message.replace("{}", str(folder)) in err
+    assert err.startswith("error: ")
+    assert not (folder / "new").exists()
 
 
 # -------------------------------------------------------------------- what is said on the way

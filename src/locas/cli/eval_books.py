@@ -14,7 +14,17 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json, said_skipped, short
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    UserError,
+    check_folder,
+    err,
+    out,
+    print_json,
+    said_skipped,
+)
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun
 from locas.evaluate.books import Progress as BooksProgress
@@ -76,11 +86,14 @@ class EvalBooks:
 
     def run(self) -> int:
         methods, seeds = parse_methods(self.methods), parse_seeds(self.seeds)
+        read = ReadSettings(window=self.window, chunk=self.chunk)
+        if self.output is not None:
+            check_folder(self.output)
         documents = self.collect()
         backbone = self.backbone.load()
         books = [Book.of(d, backbone, self.max_tokens) for d in documents]
         with _folder(self.output) as folder:
-            run = BooksRun(backbone, books, folder, methods, ReadSettings(window=self.window, chunk=self.chunk), seeds)
+            run = BooksRun(backbone, books, folder, methods, read, seeds)
             if not drive(run):
                 return self._stopped()
             found = results(run)
@@ -142,6 +155,9 @@ def parse_methods(text: str) -> list[Method]:
     methods = [Method.parse(part) for part in text.split(",") if part.strip()]
     if not methods:
         raise UserError(f"--methods names no method; give some of {', '.join(LEARNERS)}")
+    for method in methods:
+        if method.name not in LEARNERS:
+            raise UserError(f"there is no method {method.name!r}; there are {', '.join(LEARNERS)}")
     return methods
 
 
@@ -207,10 +223,7 @@ def _folder(output: str | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{short(path)} is a file; -o names a folder")
-    yield path
+    yield Path(output)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, check_folder, err, out, print_json
 from locas.evaluate.cells import Cells, finite
 from locas.evaluate.dialogue import DialogueSettings, parse_method, run, setups
 from locas.evaluate.dialogue_figures import summarise
@@ -56,13 +56,14 @@ class EvalDialogue:
             raise UserError(f"--methods {self.methods!r} names no method; give for example {METHODS}")
         if self.max_conversations is not None and self.max_conversations < 1:
             raise UserError(f"--max-conversations must be 1 or more; got {self.max_conversations}")
+        read = ReadSettings(window=self.window, chunk=self.chunk)
+        check_folder(self.output)
         stems("says at once if the stemmer is missing")
         conversations = load(self.path)[: self.max_conversations]
         folder = Path(self.output)
         folder.mkdir(parents=True, exist_ok=True)
         cells = Cells(folder / "cells.json")
         backbone = self.backbone.load()
-        read = ReadSettings(window=self.window, chunk=self.chunk)
         results = run(backbone, conversations, methods, read, self.ask, cells, _say)
         summary: dict[str, Any] = {
             "file": Path(self.path).name,

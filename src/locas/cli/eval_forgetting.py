@@ -17,12 +17,14 @@ from locas.cli.common import (
     OutputOptions,
     TextOptions,
     UserError,
+    check_folder,
     err,
     out,
     print_json,
     said_skipped,
 )
 from locas.evaluate.cells import Cells, finite
+from locas.evaluate.dialogue import parse_method
 from locas.evaluate.forgetting import ForgettingSettings, book, configs, run, unrelated_text
 from locas.evaluate.forgetting_figures import draw, summarise
 from locas.evaluate.mmlu import Mmlu
@@ -85,16 +87,21 @@ class EvalForgetting:
             scales=tuple(_numbers("--scales", self.scales, float)),
             seed=self.seed,
         )
+        read = ReadSettings(window=self.window, chunk=self.chunk)
+        ranks, factors = _numbers("--ranks", self.ranks, int), _numbers("--lr-factors", self.lr_factors, float)
+        methods = [m.strip() for m in self.methods.split(",") if m.strip()]
+        if not methods:
+            raise UserError(f"--methods {self.methods!r} names no method; give for example locas,templora-tuned")
+        for method in methods:
+            parse_method(method)
         mmlu = self._mmlu()
+        check_folder(self.output)
         documents = self.text.collect()
         others = self._unrelated() if self.unrelated else documents
         folder = Path(self.output)
         folder.mkdir(parents=True, exist_ok=True)
         cells = Cells(folder / "cells.json")
         backbone = self.backbone.load()
-        read = ReadSettings(window=self.window, chunk=self.chunk)
-        ranks, factors = _numbers("--ranks", self.ranks, int), _numbers("--lr-factors", self.lr_factors, float)
-        methods = [m.strip() for m in self.methods.split(",") if m.strip()]
         chosen = configs(backbone, methods, ranks, factors, read)
         books = [book(backbone, d, self.text.max_tokens, settings) for d in documents]
         unrelated = [unrelated_text(backbone, d, settings) for d in others]
@@ -115,6 +122,8 @@ class EvalForgetting:
 
     def _mmlu(self) -> Mmlu | None:
         if self.mmlu is None:
+            if self.mmlu_limit is not None or self.mmlu_shots is not None or self.mmlu_subjects:
+                raise UserError("--mmlu-limit, --mmlu-shots and --mmlu-subjects go with --mmlu DIR")
             return None
         subjects = tuple(s.strip() for s in self.mmlu_subjects.split(",") if s.strip())
         return Mmlu(self.mmlu, shots=self.mmlu_shots, limit=self.mmlu_limit, subjects=subjects)
