@@ -232,3 +232,30 @@ def test_a_folder_with_an_empty_file(tmp_path: Path, main: Main) -> None:
     assert status == 0
     assert f"skipped {folder / '__init__.py'}: it is empty\n" in err
     assert [d["name"] for d in json.loads(out)["documents"]] == ["a.py"]
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To rich they are markup: [vol 1] would vanish, and [/b] raise."""
+    (tmp_path / "in [").mkdir()
+    names = ("book [vol 1].txt", "in [/b].txt")
+    for i, name in enumerate(names):
+        (tmp_path / name).write_text(sentences(5, seed=i))
+    output = tmp_path / "m [vol 1].safetensors"
+    monkeypatch.setattr("locas.cli.common.err._force_terminal", True)
+    monkeypatch.setattr("locas.cli.common.out.width", 400)
+    status, out, err = main("memorize", tmp_path, "-o", output, *SMALL)
+    assert status == 0
+    assert str(output) in out
+    assert names[1] in err  # at the bar, where it was last drawn
+    status, out, _ = main("info", output)
+    assert status == 0
+    assert all(f"{name}: 40 tokens" in out for name in names)
+    status, _, err = main("score", tmp_path / names[0], "--max-tokens", "40", "--window", "32")
+    assert status == 0
+    assert names[0] in err
+    merged, original = tmp_path / "merged [vol 1]", tmp_path / "original [vol 1]"
+    for status, out, _ in (main("merge", output, "-o", merged), main("unmerge", merged, "-o", original)):
+        assert status == 0
+        assert "[vol 1]" in out
+    assert f"  {original / 'locas_memories' / output.name}\n" in out
+    assert f"memory             {output.name}: rank 2" in main("info", merged)[1]

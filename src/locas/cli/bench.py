@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from locas.backbone import Backbone, Dtype, load_backbone
@@ -306,7 +307,7 @@ _WEIGHT = dict.fromkeys(get_args(Part), 1) | {"generating": 2, "memories": 3, "l
 def _bar(name: str, rounds: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
-        task = bar.add_task(f"measuring on {name}", total=rounds)
+        task = bar.add_task(f"measuring on {escape(name)}", total=rounds)
         yield lambda: bar.advance(task)
 
 

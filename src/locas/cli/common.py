@@ -188,6 +188,11 @@ def said_skipped(path: str, why: str) -> None:
     err.print(f"skipped {path}: it {why}", style="dim", soft_wrap=True, markup=False)
 
 
+def brief_name(name: str) -> str:
+    """The beginning of a file's name, for a bar."""
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
 def short(path: str | Path) -> str:
     """A path quoted for the shell where that is needed."""
     return shlex.quote(str(path))
@@ -201,6 +206,7 @@ __all__ = [
     "UserError",
     "all_frozen",
     "backbone_memory",
+    "brief_name",
     "check_folder",
     "check_memory",
     "comparison",

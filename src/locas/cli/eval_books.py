@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from locas.cli.common import (
     Maybe,
     OutputOptions,
     UserError,
+    brief_name,
     check_folder,
     err,
     out,
@@ -194,7 +196,7 @@ def table(found: Figures) -> Table:
         view.add_column(title, justify="right" if title else "left", overflow="fold")
     for name, m in found["methods"].items():
         view.add_row(
-            name,
+            escape(name),
             f"{m['bits_per_byte']:.4f}",
             f"{m['perplexity']:.2f}",
             f"{m['perplexity_chunk_mean']:.2f}",
@@ -248,7 +250,7 @@ def _bar(total: int) -> Iterator[Any]:
             unit, n = progress.unit, progress.unit.book.ids.numel()
             bar.update(
                 task,
-                description=f"{_brief(unit.book.name)} {unit.method.label}",
+                description=escape(f"{brief_name(unit.book.name)} {unit.method.label}"),
                 completed=progress.tokens,
                 figures=f"{progress.record.stop:,}/{n:,} tokens",
             )
@@ -273,10 +275,6 @@ class _Lines:
                 f"{share:3.0f}%  {unit.book.name}  {unit.method.label}  seed {unit.seed}  "
                 f"{self.sum / self.count:.4f} nats a token"
             )
-
-
-def _brief(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, check_folder, err, out, print_json
@@ -47,7 +48,7 @@ class EvalDialogue:
     window: Maybe[int] = None
     """Tokens that the model sees at once while it reads (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None
-    """Tokens that are scored, and then learnt, at once (default: half the window)."""
+    """Tokens that are scored, and then learnt, at once (default: half the window; for locas an eighth)."""
     show: OutputOptions = field(default_factory=OutputOptions)
 
     def run(self) -> int:
@@ -91,7 +92,7 @@ def dialogue_table(summary: dict[str, Any]) -> Table:
     for name, method in summary["methods"].items():
         categories, every = method["categories"], method["answerable"]
         table.add_row(
-            name,
+            escape(name),
             *(_percent(categories.get(c, {}).get("f1")) for c in names),
             _percent(categories.get("adversarial", {}).get("trap_f1")),
             "" if every["gold_ll_per_token"] is None else f"{every['gold_ll_per_token']:.3f}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from locas.cli.common import (
@@ -74,7 +75,7 @@ class EvalForgetting:
     window: Maybe[int] = None
     """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None
-    """Tokens that are scored, and then learnt, at once (default: half the window)."""
+    """Tokens that are scored, and then learnt, at once (default: half the window; for locas an eighth)."""
     seed: int = 0
     """Of everything random."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
@@ -169,7 +170,7 @@ def frontier_table(summary: dict[str, Any]) -> Table:
     for p in summary["points"]:
         accuracy = mmlu.get(p["label"]) if p["scale"] == 1 else None
         table.add_row(
-            p["label"],
+            escape(p["label"]),
             f"{p['scale']:g}",
             f"{p['gain']:+.4f}",
             f"{p['kl']:.4f}",
@@ -179,7 +180,7 @@ def frontier_table(summary: dict[str, Any]) -> Table:
             "" if accuracy is None else f"{100 * accuracy:.1f}",
         )
     for row in summary["failed"]:
-        table.add_row(f"{row['label']} ({row['book']})", "", "diverged")
+        table.add_row(escape(f"{row['label']} ({row['book']})"), "", "diverged")
     return table
 
 

@@ -25,6 +25,7 @@ from locas.cli.common import (
     TextOptions,
     UserError,
     all_frozen,
+    brief_name,
     check_folder,
     comparison,
     err,
@@ -361,7 +362,7 @@ def _bar(run: Run) -> Iterator[Any]:
             which = f"{progress.document + 1}/{len(run.texts)} " if len(run.texts) > 1 else ""
             bar.update(
                 task,
-                description=which + (name if len(name) <= 24 else name[:23] + "…"),
+                description=which + escape(brief_name(name)),
                 completed=progress.tokens,
                 figures=f"{speed(progress.tokens):,.0f} tok/s  {_figures(progress)}",
             )

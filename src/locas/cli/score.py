@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.markup import escape
 from rich.progress import track
 
 from locas.backbone import Backbone
@@ -76,7 +77,7 @@ def score_texts(backbone: Backbone, memory: Memory | None, texts: list[Text], se
         records = read(backbone.model, memory, text.ids, settings, start_id=backbone.start_id, learn=False)
         _, chunk = settings.sizes(backbone.model)
         chunks = -(-text.ids.numel() // chunk)
-        shown = track(records, f"{what} {text.name}", total=chunks, console=err, disable=not err.is_terminal)
+        shown = track(records, f"{what} {escape(text.name)}", total=chunks, console=err, disable=not err.is_terminal)
         scores.append(Score.of(torch.cat([r.nll for r in shown]), text.n_bytes))
     seconds = time.perf_counter() - began
     parameters = memory.n_parameters if memory else 0
