@@ -259,3 +259,27 @@ def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path, main: Main, m
         assert "[vol 1]" in out
     assert f"  {original / 'locas_memories' / output.name}\n" in out
     assert f"memory             {output.name}: rank 2" in main("info", merged)[1]
+
+
+def test_bars_of_what_takes_minutes(tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, name in enumerate("ab"):
+        (tmp_path / f"{name}.txt").write_text(sentences(9, seed=i))
+        assert main("memorize", tmp_path / f"{name}.txt", "-o", tmp_path / name, *SMALL)[0] == 0
+    parts, text = (tmp_path / "a", tmp_path / "b"), tmp_path / "a.txt"
+    commands: dict[tuple[object, ...], tuple[str, ...]] = {
+        ("compose", *parts, "--fit", text, "--fit", tmp_path / "b.txt"): ("fitting", "measuring"),
+        ("compress", tmp_path / "a", "--text", text, "--rank", "1"): ("compressing", "measuring"),
+        ("anchor", tmp_path / "a", "--text", text, "--tokens", "40"): (
+            "the backbone writes 50 tokens", "anchoring", "measuring",
+        ),
+    }  # fmt: skip
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("locas.cli.common.err.is_interactive", True)
+    for live in (False, True):
+        monkeypatch.setattr("locas.cli.common.err._force_terminal", live)
+        monkeypatch.setattr("locas.cli.bars._LINE_EVERY_S", 0.0)
+        for command, bars in commands.items():
+            status, _, err = main(*command, "-o", tmp_path / "new", "--json")
+            assert status == 0
+            assert not [what for what in bars if what not in err and (live or what != "anchoring")]
+            assert "100%" in err

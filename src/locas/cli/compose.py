@@ -13,6 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from locas.backbone import Backbone
+from locas.cli.bars import bar
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
@@ -155,14 +156,16 @@ class Compose:
             for each, found in zip(options, documents, strict=True)
         ]
         fitted = [ids[: ids.numel() - min(ids.numel() // _HELD_OUT, _MOST_HELD_OUT)] for ids in texts]
-        composed = compose(
-            memories,
-            weights=weights,
-            fit=fitted,
-            model=backbone.model,
-            start_id=backbone.start_id,
-            settings=settings,
-        )
+        with bar("fitting") as on_progress:
+            composed = compose(
+                memories,
+                weights=weights,
+                fit=fitted,
+                model=backbone.model,
+                start_id=backbone.start_id,
+                settings=settings,
+                on_progress=on_progress,
+            )
         rows = zip(paths, memories, texts, fitted, strict=True)
         return composed, [
             {"text": path} | kept(backbone, memory, composed, ids, used.numel()) for path, memory, ids, used in rows

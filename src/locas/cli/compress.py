@@ -13,6 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from locas.backbone import Backbone
+from locas.cli.bars import bar
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
@@ -82,9 +83,16 @@ class Compress:
         memory = thaw(memory) if self.thaw else memory
         ids = torch.cat([text.ids for text in options.tokenize(documents, backbone)])
         fitted = min(self.sample_tokens, ids.numel() // 2)
-        small = compress(
-            memory, backbone.model, ids[:fitted], self.rank, method=self.method, start_id=backbone.start_id
-        )
+        with bar("compressing") as on_progress:
+            small = compress(
+                memory,
+                backbone.model,
+                ids[:fitted],
+                self.rank,
+                method=self.method,
+                start_id=backbone.start_id,
+                on_progress=on_progress,
+            )
         small.memory.save(self.output)
         results = _results(backbone, memory, small, ids, fitted)
         results |= {"memory": self.output, "method": self.method, "seconds": round(time.perf_counter() - began, 3)}
@@ -135,5 +143,11 @@ def _results(backbone: Backbone, memory: Memory, small: Compressed, ids: Tensor,
 def score_rest(backbone: Backbone, memory: Memory | None, ids: Tensor, first: int) -> Score:
     """The loss of the tokens from `first` on, each with its context; nothing is learnt."""
     settings = ReadSettings(start_in_every_window=backbone.start_in_every_window)
-    records = read(backbone.model, memory, ids, settings, start_id=backbone.start_id, first_token=first, learn=False)
-    return Score.of(torch.cat([record.nll for record in records]), 0)
+    found = []
+    with bar("measuring") as on_progress:
+        for record in read(
+            backbone.model, memory, ids, settings, start_id=backbone.start_id, first_token=first, learn=False
+        ):
+            found.append(record.nll)
+            on_progress(record.stop - first, ids.numel() - first)
+    return Score.of(torch.cat(found), 0)
