@@ -263,7 +263,7 @@ def _distil(start: Part, old: Part, a: Tensor) -> Part:
 def nl_svd(
     keys: Tensor, values: Tensor, act: Callable[[Tensor], Tensor], rank: int, *, threshold: float = 1e-9
 ) -> tuple[Tensor, Tensor]:
-    """Fewer slots for Locas-MLP, exact at its new keys, the probes (arXiv:2602.05085 app., method.md sec. 6).
+    """Fewer slots for Locas-MLP, exact at its new keys, the probes (arXiv:2602.05085 app.).
 
     With s_i = ||k_i|| ||v_i||, the rows s_i k_i / ||k_i|| = ||v_i|| k_i span what the memory reacts to; the probes p_j
     are their leading right singular vectors, orthonormal, and v'_j = f(p_j) / act(1), f being the old memory. At p_j
