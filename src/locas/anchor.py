@@ -18,7 +18,7 @@ text that the model itself writes in the place of data is LLM-QAT's (arXiv:2305.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,7 +133,14 @@ def _square(moments: Tensor, values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def own_text(model: nn.Module, tokens: int = SAMPLE_TOKENS, *, start_id: int | None = None, seed: int = 0) -> Tensor:
+def own_text(
+    model: nn.Module,
+    tokens: int = SAMPLE_TOKENS,
+    *,
+    start_id: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """Text that the backbone writes: [tokens] ids, in pieces drawn at temperature 1, each from the start token, or
     from a token drawn evenly where the model has none; the same for the same seed. Nothing may be attached.
 
@@ -142,6 +149,7 @@ def own_text(model: nn.Module, tokens: int = SAMPLE_TOKENS, *, start_id: int | N
         tokens: how many.
         start_id: the model's beginning-of-text token.
         seed: of the draws; torch's global random state stays as it was.
+        on_progress: called with how many tokens are written, and of how many.
 
     Raises:
         ValueError: tokens below 1.
@@ -157,16 +165,26 @@ def own_text(model: nn.Module, tokens: int = SAMPLE_TOKENS, *, start_id: int | N
             first = torch.full((rows, 1), -1 if start_id is None else start_id)
             if start_id is None:
                 first = torch.randint(_vocabulary(model), (rows, 1))
-            pieces.append(_written(model, first.to(device))[:, :_ROW_TOKENS].flatten()[:left])
+            done = tokens - left
+            tick = None if on_progress is None else lambda n, done=done: on_progress(min(done + n, tokens), tokens)
+            pieces.append(_written(model, first.to(device), tick)[:, :_ROW_TOKENS].flatten()[:left])
     return torch.cat(pieces).cpu()
 
 
-def _written(model: Any, first: Tensor) -> Tensor:
-    """[rows, _ROW_TOKENS] what the model goes on with, whatever its own settings for writing are."""
+def _written(model: Any, first: Tensor, on_token: Callable[[int], None] | None) -> Tensor:
+    """[rows, _ROW_TOKENS] what the model goes on with, whatever its own settings for writing are; says after each token
+    of the rows how many there are."""
+
+    def watch(ids: Tensor, _: Any, **__: Any) -> Tensor:
+        """A criterion for stopping that only looks on."""
+        assert on_token is not None
+        on_token(ids.numel())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     return model.generate(
         first, attention_mask=torch.ones_like(first), max_new_tokens=_ROW_TOKENS - 1, min_new_tokens=_ROW_TOKENS - 1,
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, num_beams=1, use_cache=True,
-        pad_token_id=int(first[0, 0]),
+        pad_token_id=int(first[0, 0]), stopping_criteria=None if on_token is None else [watch],
     )  # fmt: skip
 
 

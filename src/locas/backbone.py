@@ -86,6 +86,7 @@ def load_backbone(name: str | None = None, *, dtype: Dtype = "auto", device: str
 
     Raises:
         ValueError: no such model, no tokenizer, a damaged or incomplete checkpoint, or a device that is not there.
+        MemoryError, RuntimeError: there is not enough memory for it (`is_out_of_memory`), with a note that says so.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,17 +105,29 @@ def load_backbone(name: str | None = None, *, dtype: Dtype = "auto", device: str
         )
         if info["missing_keys"]:  # transformers would fill them with random numbers
             raise ValueError(f"its weights are incomplete: {sorted(info['missing_keys'])[0]} is missing")
+        if device != "spread":
+            model.to(where)
     except Exception as error:  # transformers and what it calls raise nearly everything
+        if is_out_of_memory(error):
+            error.add_note(f"while the model {name!r} was loaded in {chosen}")
+            raise
         first = (str(error).strip().splitlines() or [repr(error)])[0].rstrip(".")
         raise ValueError(
             f"the model {name!r} could not be loaded: {first}. Give a folder with config.json, weights and tokenizer, "
             f"a name on the Hugging Face hub, or one of the built-in backbones: {', '.join(built_in())}."
         ) from error
-    if device != "spread":
-        model.to(where)
     model.eval()
     start_id, everywhere = start_token(tokenizer)
     return Backbone(name, model, tokenizer, start_id, everywhere, tokenizer_hash(tokenizer))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, torch's on a GPU, or that of torch's allocator on a CPU,
+    which has no type of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("DefaultCPUAllocator", "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _device(device: str) -> torch.device:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def compose(
     model: nn.Module | None = None,
     start_id: int | None = None,
     settings: FitSettings | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Memory:
     """One memory whose read is the weighted sum of the others' reads; they stay as they are.
 
@@ -58,6 +59,7 @@ def compose(
         model: the backbone; needed for `fit` only.
         start_id: with `fit`, the model's beginning-of-text token, where it expects one.
         settings: with `fit`, how: see `FitSettings`.
+        on_progress: with `fit`, called with how many windows are done, and of how many.
 
     Returns:
         A memory of summed ranks, on all layers that any of them has. Its provenance lists all documents in order, and
@@ -81,7 +83,9 @@ def compose(
         for memory in memories:
             memory.check(model)
         parts = [memory.bank.scaled(weight) for memory, weight in zip(memories, scales, strict=True)]
-        record["fit"] = fit_composed(model, bank, parts, texts, settings or FitSettings(), start_id=start_id)
+        record["fit"] = fit_composed(
+            model, bank, parts, texts, settings or FitSettings(), start_id=start_id, on_progress=on_progress
+        )
     return Memory(bank, _provenance(memories, record))
 
 

@@ -14,8 +14,9 @@ that was read it gives up more; as a start for the gradient it is no better than
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def fit_composed(
     settings: FitSettings,
     *,
     start_id: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fits a composed bank in place, and says what was done.
 
@@ -76,6 +78,7 @@ def fit_composed(
         texts: [n] token ids for each part.
         settings: see `FitSettings`.
         start_id: put before every window, where the model expects a start token.
+        on_progress: called with how many windows are done, and of how many.
 
     Returns:
         The settings, each text's hash and tokens, and the divergence from each part on its own text in nats a token,
@@ -91,9 +94,15 @@ def fit_composed(
     if bool((bank.frozen[0] == torch.tensor(list(bank.ranks.values()))).all()):
         raise ValueError("every slot of these memories is frozen: there is nothing to fit; thaw one (locas.grow.thaw)")
     work = [in_windows(model, text, start_id, _WINDOW_TOKENS) for text in texts]
-    before = _divergences(model, bank, parts, work)
-    _distil(model, bank, parts, work, settings)
-    after = _divergences(model, bank, parts, work)
+    total, done = (settings.epochs + 2) * sum(map(len, work)), itertools.count(1)
+
+    def tick() -> None:
+        if on_progress is not None:
+            on_progress(next(done), total)
+
+    before = _divergences(model, bank, parts, work, tick)
+    _distil(model, bank, parts, work, settings, tick)
+    after = _divergences(model, bank, parts, work, tick)
     about = [
         {
             "tokens": text.numel(),
@@ -107,9 +116,14 @@ def fit_composed(
 
 
 def _distil(
-    model: nn.Module, bank: Bank, parts: Sequence[Bank], work: list[list[Tensor]], settings: FitSettings
+    model: nn.Module,
+    bank: Bank,
+    parts: Sequence[Bank],
+    work: list[list[Tensor]],
+    settings: FitSettings,
+    tick: Callable[[], None],
 ) -> None:
-    """Passes over all texts' windows in a seeded order, one step a window."""
+    """Passes over all texts' windows in a seeded order, one step a window, each followed by `tick`."""
     windows = [(part, window) for part, mine in zip(parts, work, strict=True) for window in mine]
     longest = max(window.numel() for _, window in windows)
     writer = Writer(bank, WriteSettings("muon", settings.lr, floor=1.0, momentum=0.9, damping=None))
@@ -128,14 +142,20 @@ def _distil(
         assert grad is not None
         share = (0.5 + 0.5 * math.cos(math.pi * step / steps)) * window.numel() / longest
         writer.write(grad, torch.tensor([share], dtype=torch.float64, device=bank.device))
+        tick()
 
 
-def _divergences(model: nn.Module, bank: Bank, parts: Sequence[Bank], work: list[list[Tensor]]) -> list[float]:
+def _divergences(
+    model: nn.Module, bank: Bank, parts: Sequence[Bank], work: list[list[Tensor]], tick: Callable[[], None]
+) -> list[float]:
     """Of each text, in nats a token."""
     found = []
     with torch.no_grad():
         for part, windows in zip(parts, work, strict=True):
-            total = sum(float(_loss(model, bank, part, window, 0.0)) * window.numel() for window in windows)
+            total = 0.0
+            for window in windows:
+                total += float(_loss(model, bank, part, window, 0.0)) * window.numel()
+                tick()
             found.append(total / sum(window.numel() for window in windows))
     if not all(map(math.isfinite, found)):
         raise FloatingPointError(f"predictions on the texts are not finite ({found}); try the backbone in float32")

@@ -65,6 +65,7 @@ def compress(
     method: Method = "eliminate",
     start_id: int | None = None,
     sample_tokens: int = 4096,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Compressed:
     """A memory with at most `rank` slots on every layer that reads nearly as this one; the old one stays.
 
@@ -76,6 +77,7 @@ def compress(
         method: see the module's text.
         start_id: the model's beginning-of-text token, where it expects one.
         sample_tokens: how many of the text's first tokens are looked at.
+        on_progress: called with how many layers are done, and of how many.
 
     Raises:
         ValueError: a rank that compresses nothing, a method that does not fit the variant, or too short a text.
@@ -100,7 +102,7 @@ def compress(
     if tokens < 4:
         raise ValueError(f"the text gives {tokens} activations to look at; give at least 4 tokens, better thousands")
     parts, squares = {}, {}
-    for layer in bank.layers:
+    for done, layer in enumerate(bank.layers, start=1):
         a = samples.pop(layer).double()
         fit, test = a[: int(tokens * FIT_SHARE)], a[int(tokens * FIT_SHARE) :]
         old = part_of(bank, layer)
@@ -109,6 +111,8 @@ def compress(
         truth = old.responses(test) @ old.v
         missed = new.responses(test) @ new.v - truth
         squares[layer] = float(missed.square().sum()), float(truth.square().sum())
+        if on_progress is not None:
+            on_progress(done, len(bank.layers))
     errors = {layer: _ratio(*pair) for layer, pair in squares.items()}
     error = _ratio(*(sum(pair[i] for pair in squares.values()) for i in (0, 1)))
     note = {"method": method, "rank": rank, "from": max(bank.ranks.values()), "error": error, "sample_tokens": tokens}
@@ -259,7 +263,7 @@ def _distil(start: Part, old: Part, a: Tensor) -> Part:
 def nl_svd(
     keys: Tensor, values: Tensor, act: Callable[[Tensor], Tensor], rank: int, *, threshold: float = 1e-9
 ) -> tuple[Tensor, Tensor]:
-    """Fewer slots for Locas-MLP, exact at its new keys, the probes (arXiv:2602.05085 app., method.md sec. 6).
+    """Fewer slots for Locas-MLP, exact at its new keys, the probes (arXiv:2602.05085 app.).
 
     With s_i = ||k_i|| ||v_i||, the rows s_i k_i / ||k_i|| = ||v_i|| k_i span what the memory reacts to; the probes p_j
     are their leading right singular vectors, orthonormal, and v'_j = f(p_j) / act(1), f being the old memory. At p_j

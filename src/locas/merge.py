@@ -2,7 +2,7 @@
 
     merge(["book.safetensors"], "merged")     # an ordinary checkpoint: transformers loads it without locas
 
-Per layer (arXiv:2602.05085; method.md sec. 8), W_up' = [W_up; K], W_gate' = [W_gate; G], W_down' = [W_down, tau V^T],
+Per layer (arXiv:2602.05085), W_up' = [W_up; K], W_gate' = [W_gate; G], W_down' = [W_down, tau V^T],
 so that FFN'(A) = FFN(A) + tau V^T (act(G A) * (K A)). A config has one FFN width for all layers: every layer gets as
 many new slots, and those that no memory fills are zero and add 0.0. The new width is a multiple of `align`, as serving
 engines and quantisers want it.

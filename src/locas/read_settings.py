@@ -59,6 +59,8 @@ class ReadSettings:
             raise ValueError(f"a window needs at least 2 tokens; got {self.window}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"a chunk needs at least 1 token; got {self.chunk}")
+        if self.window is not None and self.chunk is not None:
+            _check_fit(self.chunk, self.window)
         if self.attention_gradient not in get_args(AttentionGradient):
             raise ValueError(
                 f"attention_gradient {self.attention_gradient!r} is not one of {', '.join(get_args(AttentionGradient))}"
@@ -88,11 +90,7 @@ class ReadSettings:
         chunk = self.chunk or max(1, window // 2)
         if self.chunk is None and self.reuse and self.keeps_context(model, window, short := max(1, window // 8)):
             chunk = short
-        if chunk >= window:
-            raise ValueError(
-                f"a chunk of {chunk} tokens does not fit into a window of {window}: at least one token of context "
-                f"goes before it; use --chunk {max(1, window // 2)} or a longer --window"
-            )
+        _check_fit(chunk, window)
         return window, chunk
 
     def truncated(self) -> ReadSettings:
@@ -102,3 +100,11 @@ class ReadSettings:
     def keeps_context(self, model: nn.Module, window: int, chunk: int) -> bool:
         """Whether the context can be kept from chunk to chunk: there is room, and the backbone's positions allow it."""
         return window - chunk > 1 and positions_are_relative(model, self.refresh * chunk + window)
+
+
+def _check_fit(chunk: int, window: int) -> None:
+    if chunk >= window:
+        raise ValueError(
+            f"a chunk of {chunk} tokens does not fit into a window of {window}: at least one token of context "
+            f"goes before it; use --chunk {max(1, window // 2)} or a longer --window"
+        )

@@ -132,6 +132,20 @@ def parse_layers(text: str, n_layers: int) -> list[int] | None:
         return None
     if text == "upper-half":
         return list(range(n_layers // 2, n_layers))
+    spans = layer_spans(text)
+    if max(last for _, last in spans) >= n_layers:
+        raise ValueError(f"layers {text!r} do not fit this backbone, which has layers 0..{n_layers - 1}")
+    return sorted({layer for first, last in spans for layer in range(first, last + 1)})
+
+
+def layer_spans(text: str) -> list[tuple[int, int]]:
+    """(first, last) of each part of a list of layers such as "0,3-5"; "all" and "upper-half" have none.
+
+    Raises:
+        ValueError: it is none of these, whatever the model.
+    """
+    if text in ("all", "upper-half"):
+        return []
     try:
         parts = [part.partition("-") for part in text.split(",")]
         spans = [(int(first), int(last if dash else first)) for first, dash, last in parts]
@@ -141,9 +155,7 @@ def parse_layers(text: str, n_layers: int) -> list[int] | None:
         raise ValueError(
             f'layers {text!r} are not understood; give "all", "upper-half", or numbers such as 0,3-5'
         ) from error
-    if max(last for _, last in spans) >= n_layers:
-        raise ValueError(f"layers {text!r} do not fit this backbone, which has layers 0..{n_layers - 1}")
-    return sorted({layer for first, last in spans for layer in range(first, last + 1)})
+    return spans
 
 
 def run_key(backbone: Backbone, texts: Sequence[Text], settings: RunSettings, **more: Any) -> str:

@@ -27,6 +27,7 @@ _BYTE_ORDER_MARKS = (
 )
 _MOSTLY_UTF8 = 4  # characters of UTF-8 beyond ASCII for each wrong byte: other encodings have hardly any
 _HEAD_BYTES = 8192  # where a NUL byte marks a file as binary, and where a declared encoding is looked for
+_NO_MARKS = "has no Project Gutenberg marks"  # why a file is left out
 _DECLARED_ENCODING = re.compile(rb"(?im)^[ \t]*character set encoding:[ \t]*([\w.:-]+)")
 
 _OF_GUTENBERG = r" OF TH(?:E|IS) (?:COPYRIGHTED )?PROJECT GUTENBERG\b"
@@ -72,6 +73,14 @@ class Document:
     def n_bytes(self) -> int:
         """Length of `text` in UTF-8 bytes, the denominator of bits per byte."""
         return len(self.text.encode("utf-8"))
+
+
+class _NoText(ValueError):
+    """A file that is empty or blank. why: what is to be said of it."""
+
+    def __init__(self, label: str, why: str) -> None:
+        super().__init__(f"{label} {why}. Give a text, or leave it out.")
+        self.why = why
 
 
 def decode(raw: bytes, *, encoding: str | None = None, name: str = "the input") -> tuple[str, str]:
@@ -279,12 +288,12 @@ def collect(
     reflow: bool = False,
     encoding: str | None = None,
     stdin: BinaryIO | None = None,
-    on_skip: Callable[[str], None] | None = None,
+    on_skip: Callable[[str, str], None] | None = None,
 ) -> list[Document]:
     """Read texts in the order given; "-" is standard input, a folder gives all its text files.
 
-    A folder is walked in sorted order. Hidden files and folders and binary files in it are skipped, and
-    links to folders are not followed. Everything else in it must be a text, or the call fails.
+    A folder is walked in sorted order. Hidden files and folders, binary files and files without text in it are skipped,
+    and links to folders are not followed. Everything else in it must be a text, or the call fails.
 
     Args:
         paths: files, folders, "-".
@@ -293,7 +302,8 @@ def collect(
         reflow: join hard-wrapped lines (see the function `reflow`), one paragraph a line.
         encoding: Python codec of all the texts; found for each text if None.
         stdin: read for "-" in place of `sys.stdin.buffer`.
-        on_skip: called with the path of each file in a folder that `gutenberg` left out.
+        on_skip: called with the path of each file in a folder that was left out because it is empty, blank, or without
+            the marks that `gutenberg` asks for, and with that reason.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -306,22 +316,37 @@ def collect(
     documents: list[Document] = []
     for path in paths:
         found = len(documents)
-        skipped = []
+        skipped: dict[str, str] = {}
         for raw, name, label in _sources(path, encoding, stdin):
-            if gutenberg and Path(path).is_dir() and not has_gutenberg_marks(raw):
-                skipped.append(label)
+            in_folder = Path(path).is_dir()
+            if gutenberg and in_folder and not has_gutenberg_marks(raw):
+                skipped[label] = _NO_MARKS
                 continue
-            document = _make_document(raw, name, label, gutenberg=gutenberg, unwrap=reflow, encoding=encoding)
-            documents.append(document)
+            try:
+                document = _make_document(raw, name, label, gutenberg=gutenberg, unwrap=reflow, encoding=encoding)
+            except _NoText as error:
+                if not in_folder:
+                    raise
+                skipped[label] = error.why
+            else:
+                documents.append(document)
         if skipped and len(documents) == found:
-            raise ValueError(
-                f"No file in the folder {path} has Project Gutenberg's marks ({skipped[0]} has none). "
-                "Drop --gutenberg for texts that are not Project Gutenberg e-books."
-            )
+            _refuse_folder(path, skipped)
         if on_skip is not None:
-            for label in skipped:
-                on_skip(label)
+            for label, why in skipped.items():
+                on_skip(label, why)
     return documents
+
+
+def _refuse_folder(path: str | Path, skipped: dict[str, str]) -> None:
+    """Raises ValueError for a folder of which nothing is left. skipped: {file: why}."""
+    if unmarked := next((label for label, why in skipped.items() if why == _NO_MARKS), None):
+        raise ValueError(
+            f"No file in the folder {path} has Project Gutenberg's marks ({unmarked} has none). "
+            "Drop --gutenberg for texts that are not Project Gutenberg e-books."
+        )
+    label, why = next(iter(skipped.items()))
+    raise ValueError(f"No file in the folder {path} has any text ({label} {why}). Give a folder with text files.")
 
 
 def _sources(path: str | Path, encoding: str | None, stdin: BinaryIO | None) -> Iterator[tuple[bytes, str, str]]:
@@ -389,7 +414,7 @@ def _make_document(
     raw: bytes, name: str, label: str, *, gutenberg: bool, unwrap: bool, encoding: str | None
 ) -> Document:
     if not raw:
-        raise ValueError(f"{label} is empty. Give a text, or leave it out.")
+        raise _NoText(label, "is empty")
     if _is_binary(raw, encoding):
         raise ValueError(
             f"{label} is not text: a NUL byte stands at offset {raw.index(0)}. Give plain text; if it is "
@@ -397,11 +422,14 @@ def _make_document(
         )
     text, codec = decode(raw, encoding=encoding, name=label)
     text = _normalize_newlines(text)
+    if not text.strip():
+        raise _NoText(label, "has only white space")
     if gutenberg:
         text = strip_gutenberg(text, name=label)
+        if not text.strip():
+            raise ValueError(
+                f"{label} has only white space between its Project Gutenberg marks. Give a text, or leave it out."
+            )
     if unwrap:
         text = one_paragraph_a_line(reflow(text))
-    if not text.strip():
-        where = " between its Project Gutenberg marks" if gutenberg else ""
-        raise ValueError(f"{label} has only white space{where}. Give a text, or leave it out.")
     return Document(name, text, codec, hashlib.sha256(text.encode("utf-8")).hexdigest())

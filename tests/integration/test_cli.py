@@ -420,17 +420,17 @@ def test_chat_goes_on_with_its_memory_and_only_learns_where_asked(
     tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = tmp_path / "me.safetensors"
-    arguments = ("chat", "--memory", memory, "--rank", "2", "--max-new-tokens", "3")
+    arguments = ("chat", "--memory", memory, "--max-new-tokens", "3")
 
     def say(text: str) -> None:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
     say("\n")
-    assert main(*arguments, "--learn")[0] == 0
+    assert main(*arguments, "--learn", "--rank", "2")[0] == 0
     assert not memory.exists()  # nothing was said
     for n in (1, 2):
         say("I like whales.")
-        assert main(*arguments, "--learn")[0] == 0
+        assert main(*arguments, "--learn", "--rank", "2")[0] == 0
         assert len(load(memory).provenance.documents) == n
     before = memory.read_bytes()
     say("I like whales.\nI do.\n\nnot heard\n")

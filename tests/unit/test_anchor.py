@@ -129,7 +129,11 @@ def test_it_refuses(strength: float, others: Tensor, message: str) -> None:
 def test_own_text_is_seeded_of_the_length_asked_and_drawn_from_the_model(start_id: int | None) -> None:
     model = tiny_model("qwen3", dtype=torch.float32)
     state = torch.get_rng_state()
-    one, two, other = (own_text(model, 700, start_id=start_id, seed=seed) for seed in (0, 0, 1))
+    seen: list[tuple[int, int]] = []
+    one, other = (own_text(model, 700, start_id=start_id, seed=seed) for seed in (0, 1))
+    two = own_text(model, 700, start_id=start_id, on_progress=lambda *at: seen.append(at))  # a look changes nothing
+    assert seen == sorted(seen)
+    assert (len(seen), seen[-1]) == (255, (700, 700))
     assert torch.equal(torch.get_rng_state(), state)
     assert one.shape == (700,)
     assert torch.equal(one, two)

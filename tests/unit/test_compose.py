@@ -250,7 +250,12 @@ def test_a_fitted_memory_predicts_on_each_text_as_that_texts_own(name: str) -> N
     plain = compose(parts)
     settings = FitSettings(epochs=7, lr=0.03, text_share=0.0)
     fitted = compose(parts, model=model, fit=texts, start_id=START, settings=settings)
-    again = compose(parts, model=model, fit=texts, start_id=START, settings=settings)
+    seen: list[tuple[int, int]] = []
+    again = compose(
+        parts, model=model, fit=texts, start_id=START, settings=settings, on_progress=lambda *at: seen.append(at)
+    )
+    windows = seen[-1][1] // (7 + 2)  # seven passes, and one before and after
+    assert seen == [(i + 1, 9 * windows) for i in range(9 * windows)]
     assert same_bytes(fitted.bank.rows, again.bank.rows)
     assert fitted.bank.ranks == plain.bank.ranks
     assert fitted.bank.rows.norm(dim=-1).max() <= 1 + 1e-5

@@ -246,7 +246,12 @@ def test_it_is_the_same_every_time(model_of: ModelOf) -> None:
     memory = create(model, text(11), InitSettings(rank=7))
     list(read(model, memory, text(61), ReadSettings(window=29, chunk=11)))
     for method in GLU:
-        one, other = (compress(memory, model, text(61), 3, method=method).memory.bank.rows for _ in range(2))
+        seen: list[tuple[int, int]] = []
+        one = compress(memory, model, text(61), 3, method=method).memory.bank.rows
+        other = compress(
+            memory, model, text(61), 3, method=method, on_progress=lambda *at, seen=seen: seen.append(at)
+        ).memory.bank.rows
+        assert seen == [(i + 1, len(memory.bank.layers)) for i in range(len(memory.bank.layers))]
         assert same_bytes(one, other), method
 
 

@@ -307,8 +307,6 @@ def test_explicit_encoding_lets_unmarked_utf16_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"", {}, r"a\.txt is empty\. Give a text, or leave it out\."),
-        (b" \r\n\t", {}, r"a\.txt has only white space\. Give a text"),
         (
             f"{START}\n{END}".encode(),
             {"gutenberg": True},
@@ -328,6 +326,34 @@ def test_collect_names_the_file_that_fails(
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "why"),
+    [
+        (b"", {}, "is empty"),
+        (b"", {"gutenberg": True}, "has no Project Gutenberg marks"),
+        (b" \r\n\t", {}, "has only white space"),
+        ("\ufeff \n".encode("utf-16-le"), {"reflow": True}, "has only white space"),
+    ],
+)
+def test_files_without_text_are_skipped_in_a_folder_but_not_when_named(
+    tmp_path: Path, content: bytes, options: dict[str, bool], why: str
+) -> None:
+    path = tmp_path / "__init__.py"
+    path.write_bytes(content)
+    if "gutenberg" not in options:
+        with pytest.raises(ValueError, match=rf"__init__\.py {why}\. Give a text, or leave it out\.$"):
+            collect([path], **options)  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=rf"^No file in the folder .* has any text \(.*__init__\.py {why}\)\. Give"
+        ):
+            collect([tmp_path], **options)  # type: ignore[arg-type]
+    (tmp_path / "a.py").write_text(f"{START}\n{PROSE}\n{END}")
+    skipped: list[tuple[str, str]] = []
+    documents = collect([tmp_path], on_skip=lambda *what: skipped.append(what), **options)  # type: ignore[arg-type]
+    assert [d.name for d in documents] == ["a.py"]
+    assert skipped == [(str(path), why)]
+
+
 def test_files_without_marks_are_skipped_in_a_folder_but_not_when_named(tmp_path: Path) -> None:
     plain = tmp_path / "readme.txt"
     plain.write_bytes(b"plain")
@@ -338,7 +364,7 @@ def test_files_without_marks_are_skipped_in_a_folder_but_not_when_named(tmp_path
     (tmp_path / "book.txt").write_bytes(f"{START}\n{PROSE}\n{END}".encode())
     (tmp_path / "wide.txt").write_bytes(f"{START}\n{PROSE}\n{END}".encode("utf-16"))
     skipped: list[str] = []
-    documents = collect([tmp_path], gutenberg=True, on_skip=skipped.append)
+    documents = collect([tmp_path], gutenberg=True, on_skip=lambda path, _: skipped.append(path))
     assert [d.name for d in documents] == ["book.txt", "wide.txt"]
     assert skipped == [str(plain)]
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from locas._version import __version__
+from locas.backbone import is_out_of_memory
 from locas.cli.anchor import Anchor
 from locas.cli.bench import Bench
 from locas.cli.common import UserError, fail, out, print_json
@@ -30,6 +31,7 @@ from locas.cli.info import Info
 from locas.cli.memorize import Memorize, memorize_defaults, without_defaults
 from locas.cli.merge import Merge, Unmerge
 from locas.cli.report import Report
+from locas.cli.scarce import advice
 from locas.cli.score import ScoreText
 from locas.cli.talk import Chat, Generate
 
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_transformers()
     _keep_freed_memory()
+    command: Any = None
     try:
         with _explained(as_json):
             command = _parse(args)
@@ -72,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAS_TRACEBACK"):
             raise
         return fail(error, as_json)
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("LOCAS_TRACEBACK") or not is_out_of_memory(error):
+            raise
+        return fail(UserError(advice(error, command)), as_json, status=1)
     except KeyboardInterrupt:
         return 130
 
@@ -155,8 +162,11 @@ def _parse(args: list[str]) -> Any:
 
 
 def _quiet_transformers() -> None:
-    """Only our own progress bars and errors on the terminal."""
+    """Only our own progress bars, those of downloads, and errors on the terminal."""
+    import huggingface_hub
     import transformers
 
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # of loading, and the hub's with it
+    if not huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        huggingface_hub.utils.enable_progress_bars()
     transformers.logging.set_verbosity_error()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from locas.anchor import SAMPLE_TOKENS, anchored, check_strength, own_text
 from locas.backbone import Backbone
+from locas.cli.bars import bar
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
@@ -23,7 +24,7 @@ from locas.cli.common import (
     TextOptions,
     UserError,
     backbone_memory,
-    err,
+    check_memory,
     out,
     print_json,
 )
@@ -77,6 +78,7 @@ class Anchor:
         if self.tokens < _LEAST_TOKENS:
             raise UserError(f"--tokens must be {_LEAST_TOKENS} or more, better thousands; got {self.tokens}")
         check_output(Path(self.output))
+        check_memory(self.memory)
         options, documents = self._collect(self.text)
         other_options, other_documents = self._collect(self.others) if self.others else (None, [])
         backbone = self.backbone.load()
@@ -84,8 +86,10 @@ class Anchor:
         ids = _ids(options, documents, backbone)[: 2 * self.tokens]
         most = self.tokens + self.tokens // 4  # a fifth is measured
         if other_options is None:
-            err.print(f"the backbone writes {most:,} tokens ...", highlight=False)
-            others = own_text(backbone.model, most, start_id=backbone.start_id, seed=self.seed)
+            with bar(f"the backbone writes {most:,} tokens") as on_progress:
+                others = own_text(
+                    backbone.model, most, start_id=backbone.start_id, seed=self.seed, on_progress=on_progress
+                )
         else:
             others = _ids(other_options, other_documents, backbone)[:most]
         if min(ids.numel(), others.numel()) < _LEAST_TOKENS:
@@ -94,19 +98,17 @@ class Anchor:
                 f"{ids.numel()} of --text and {others.numel()} of the other"
             )
         half, most = ids.numel() // 2, others.numel() * 4 // 5
-        found = anchored(memory, backbone.model, ids[:half], others[:most], self.strength, start_id=backbone.start_id)
+        with bar("anchoring"):
+            found = anchored(
+                memory, backbone.model, ids[:half], others[:most], self.strength, start_id=backbone.start_id
+            )
         found.memory.save(self.output)
         results: dict[str, Any] = {"memory": self.output, "strength": self.strength}
         results |= {"difference": found.difference, "elsewhere": found.elsewhere}
-        for name, tokens, first in (("on_text", ids, half), ("on_others", others, most)):
-            before, after = (_compared(backbone, m, tokens, first) for m in (memory, found.memory))
-            results[name] = {
-                "tokens": before.tokens,
-                "gain_before": before.before - before.after,
-                "gain_after": after.before - after.after,
-                "kl_before": before.kl,
-                "kl_after": after.kl,
-            }
+        with bar("measuring") as on_progress:
+            for done, (name, tokens, first) in enumerate((("on_text", ids, half), ("on_others", others, most)), 1):
+                results[name] = _measured(backbone, memory, found.memory, tokens, first)
+                on_progress(done, 2)
         results["seconds"] = round(time.perf_counter() - began, 3)
         if self.show.json:
             print_json(results)
@@ -141,6 +143,18 @@ class _Held:
 def _compared(backbone: Backbone, memory: Memory, ids: Tensor, first: int) -> Comparison:
     """The backbone with and without the memory, on the tokens from `first` on."""
     return compare(backbone, _Held(memory, backbone.model), ids, ReadSettings(), first_token=first)[0]
+
+
+def _measured(backbone: Backbone, old: Memory, new: Memory, ids: Tensor, first: int) -> dict[str, Any]:
+    """Gain and change of both memories over no memory."""
+    before, after = (_compared(backbone, memory, ids, first) for memory in (old, new))
+    return {
+        "tokens": before.tokens,
+        "gain_before": before.before - before.after,
+        "gain_after": after.before - after.after,
+        "kl_before": before.kl,
+        "kl_after": after.kl,
+    }
 
 
 def _table(results: dict[str, Any]) -> Table:

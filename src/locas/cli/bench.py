@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from locas.backbone import Backbone, Dtype, load_backbone
 from locas.cli.bench_tables import NAMES, heading, tables
-from locas.cli.common import Maybe, OutputOptions, UserError, err, out, print_json
+from locas.cli.common import Maybe, OutputOptions, UserError, check_folder, err, out, print_json
 from locas.evaluate import bench, bench_scaling, shapes
 from locas.evaluate.bench import BenchSettings
 from locas.evaluate.provenance import environment
@@ -62,7 +63,8 @@ class Bench:
     output: Annotated[Maybe[str], tyro.conf.arg(aliases=["-o"], metavar="DIR")] = None
     """Folder for bench.json and bench.png (pip install "locas[plots]")."""
     profile: Maybe[str] = None
-    """Also profile one chunk of this method (such as locas_exact): a table, and with -o a trace for Perfetto."""
+    """Also profile one chunk of this method (such as locas_exact): a table, and a trace for Perfetto
+    (profile-NAME.json, in -o or else in the working folder)."""
     show: OutputOptions = field(default_factory=OutputOptions)
 
     def run(self) -> int:
@@ -74,6 +76,11 @@ class Bench:
             raise UserError("--backbones names none; give builtin, a folder, or a shape such as qwen3-0.6b")
         if not devices:
             raise UserError("--device names none; give auto, cpu or cuda")
+        if unknown := [name for name in _list(self.methods or "") if name not in NAMES]:
+            raise UserError(f"there is no method {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        _ = self.settings.read  # a chunk that does not fit into the window is refused
+        if self.output is not None:
+            check_folder(self.output)
         for device in devices:  # all of them, before the first is measured
             _where(device)
             for name in names:
@@ -121,6 +128,8 @@ class Bench:
         )
 
     def _parts(self) -> tuple[str, ...]:
+        if self.quick and self.parts != Bench.parts:
+            raise UserError(f"--quick measures {', '.join(_QUICK)}, and --parts chooses others; leave one of them out")
         if self.quick:
             return _QUICK
         chosen = tuple(_list(self.parts))
@@ -298,7 +307,7 @@ _WEIGHT = dict.fromkeys(get_args(Part), 1) | {"generating": 2, "memories": 3, "l
 def _bar(name: str, rounds: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
-        task = bar.add_task(f"measuring on {name}", total=rounds)
+        task = bar.add_task(f"measuring on {escape(name)}", total=rounds)
         yield lambda: bar.advance(task)
 
 

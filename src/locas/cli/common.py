@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locas.backbone import Backbone, Dtype, load_backbone
+from locas.bank import Bank
 from locas.memory import Memory, load
 from locas.run_settings import Text
 from locas.text import Document, collect
@@ -46,6 +47,29 @@ class BackboneOptions:
 def backbone_memory(path: str, backbone: Backbone) -> Memory:
     """A memory from its file, checked against the model and tokenizer that will use it."""
     return load(path, backbone.model, tokenizer_sha256=backbone.tokenizer_sha256)
+
+
+def check_memory(*paths: str | None) -> None:
+    """Reads memory files (where there are any) before a backbone is loaded: a wrong path, or a file that is damaged or
+    none of ours, is found at once."""
+    for path in paths:
+        if path is not None:
+            load(path)
+
+
+def all_frozen(bank: Bank) -> bool:
+    """Whether no slot of a memory can learn."""
+    frozen = bank.frozen_rows()
+    return frozen is not None and bool(frozen.all())
+
+
+def check_folder(path: str) -> None:
+    """Raises UserError where a folder for results cannot be made, before they are measured."""
+    for part in (Path(path), *Path(path).parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UserError(f"{short(part)} is a file; -o names a folder")
+            return
 
 
 @dataclass(frozen=True)
@@ -115,13 +139,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fail(error: Exception, as_json: bool) -> int:
-    """Prints an error as the user should see it; returns the exit status for it."""
+def fail(error: Exception, as_json: bool, status: int = 2) -> int:
+    """Prints an error as the user should see it; returns the exit status."""
     text = str(error) or repr(error)
     err.print(f"error: {text}", style="bold red", soft_wrap=True, markup=False)
     if as_json:
         print_json({"error": text})
-    return 2
+    return status
 
 
 def percent(new: float, old: float) -> str:
@@ -159,9 +183,14 @@ def comparison(results: dict[str, Any], with_name: str = "with memory") -> Table
     return table
 
 
-def said_skipped(path: Any) -> None:
-    """Says that a text is left as it is, since it is no Project Gutenberg e-book."""
-    err.print(f"skipped {path}: no Project Gutenberg marks", style="dim", soft_wrap=True, markup=False)
+def said_skipped(path: str, why: str) -> None:
+    """Says that a file of a folder is left out."""
+    err.print(f"skipped {path}: it {why}", style="dim", soft_wrap=True, markup=False)
+
+
+def brief_name(name: str) -> str:
+    """The beginning of a file's name, for a bar."""
+    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def short(path: str | Path) -> str:
@@ -175,7 +204,11 @@ __all__ = [
     "OutputOptions",
     "TextOptions",
     "UserError",
+    "all_frozen",
     "backbone_memory",
+    "brief_name",
+    "check_folder",
+    "check_memory",
     "comparison",
     "err",
     "fail",

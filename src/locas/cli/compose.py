@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from locas.backbone import Backbone
+from locas.cli.bars import bar
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
@@ -20,6 +21,7 @@ from locas.cli.common import (
     TextOptions,
     UserError,
     backbone_memory,
+    check_memory,
     out,
     print_json,
 )
@@ -78,6 +80,11 @@ class Compose:
         fits = (self.fit_tokens, self.fit_epochs, self.fit_text_share)
         if not self.fit and fits != (_DEFAULT.tokens, _DEFAULT.epochs, _DEFAULT.text_share):
             raise UserError("--fit-tokens, --fit-epochs and --fit-text-share go with --fit TEXT, one for each memory")
+        if not self.fit and (idle := self._of_the_fit()):
+            raise UserError(
+                f"{', '.join(idle)}: composing needs no backbone and no text; add --fit TEXT for each memory, or leave "
+                f"{'it' if len(idle) == 1 else 'them'} out"
+            )
         told: list[dict[str, Any]] = []
         if self.subtract is not None:
             memory = self._without(self.subtract)
@@ -107,6 +114,12 @@ class Compose:
             )
         return 0
 
+    def _of_the_fit(self) -> list[str]:
+        """The flags given that only fitting uses, besides its own."""
+        fresh = BackboneOptions()
+        given = [f"--{f.name}" for f in fields(fresh) if getattr(self.backbone, f.name) != getattr(fresh, f.name)]
+        return given + [f"--{name}" for name in ("gutenberg", "reflow", "encoding") if getattr(self, name)]
+
     def _weights(self) -> list[float]:
         if self.weights is None:
             return [1.0] * len(self.memories)
@@ -115,6 +128,8 @@ class Compose:
             weights = [float(word) for word in words]
         except ValueError as error:
             raise UserError(f"--weights takes numbers such as 0.75,0.75; got {','.join(words)}") from error
+        if len(weights) not in (1, len(self.memories)):
+            raise UserError(f"{len(self.memories)} memories need as many weights; got {len(weights)}")
         return weights * len(self.memories) if len(weights) == 1 else weights
 
     def _without(self, path: str) -> Memory:
@@ -129,8 +144,10 @@ class Compose:
                 f"--fit takes one text for each memory, in their order; got {len(paths)} for {len(self.memories)} "
                 "memories (--fit A.txt --fit B.txt)"
             )
+        weights = self._weights()
         settings = FitSettings(self.fit_tokens, self.fit_epochs, text_share=self.fit_text_share)
         options = [TextOptions((path,), self.gutenberg, self.reflow, self.encoding) for path in paths]
+        check_memory(*self.memories)
         documents = [each.collect() for each in options]
         backbone = self.backbone.load()
         memories = [backbone_memory(path, backbone) for path in self.memories]
@@ -139,14 +156,16 @@ class Compose:
             for each, found in zip(options, documents, strict=True)
         ]
         fitted = [ids[: ids.numel() - min(ids.numel() // _HELD_OUT, _MOST_HELD_OUT)] for ids in texts]
-        composed = compose(
-            memories,
-            weights=self._weights(),
-            fit=fitted,
-            model=backbone.model,
-            start_id=backbone.start_id,
-            settings=settings,
-        )
+        with bar("fitting") as on_progress:
+            composed = compose(
+                memories,
+                weights=weights,
+                fit=fitted,
+                model=backbone.model,
+                start_id=backbone.start_id,
+                settings=settings,
+                on_progress=on_progress,
+            )
         rows = zip(paths, memories, texts, fitted, strict=True)
         return composed, [
             {"text": path} | kept(backbone, memory, composed, ids, used.numel()) for path, memory, ids, used in rows

@@ -13,6 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from locas.backbone import Backbone
+from locas.cli.bars import bar
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
@@ -20,6 +21,7 @@ from locas.cli.common import (
     TextOptions,
     UserError,
     backbone_memory,
+    check_memory,
     out,
     print_json,
 )
@@ -27,7 +29,7 @@ from locas.compress import Compressed, Method, compress
 from locas.grow import thaw
 from locas.memory import Memory, read
 from locas.metrics import Score, brief
-from locas.run_memories import may_be_replaced
+from locas.run_memories import check_output
 from locas.stream import ReadSettings
 
 
@@ -70,11 +72,10 @@ class Compress:
         began = time.perf_counter()
         if self.sample_tokens < 4:
             raise UserError(f"--sample-tokens must be 4 or more; got {self.sample_tokens}")
-        folder = Path(self.output).parent
-        if not folder.is_dir():
-            raise UserError(f"the folder {folder} does not exist; create it, or choose another -o")
-        if Path(self.output).is_dir() or (Path(self.output).exists() and not may_be_replaced(Path(self.output))):
-            raise UserError(f"{self.output} is not a memory and would be overwritten; choose another -o")
+        if self.rank < 1:
+            raise UserError(f"--rank must be 1 or more; got {self.rank}")
+        check_output(Path(self.output))
+        check_memory(self.memory)
         options = TextOptions(self.text, self.gutenberg, self.reflow, self.encoding, self.max_tokens)
         documents = options.collect()
         backbone = self.backbone.load()
@@ -82,9 +83,16 @@ class Compress:
         memory = thaw(memory) if self.thaw else memory
         ids = torch.cat([text.ids for text in options.tokenize(documents, backbone)])
         fitted = min(self.sample_tokens, ids.numel() // 2)
-        small = compress(
-            memory, backbone.model, ids[:fitted], self.rank, method=self.method, start_id=backbone.start_id
-        )
+        with bar("compressing") as on_progress:
+            small = compress(
+                memory,
+                backbone.model,
+                ids[:fitted],
+                self.rank,
+                method=self.method,
+                start_id=backbone.start_id,
+                on_progress=on_progress,
+            )
         small.memory.save(self.output)
         results = _results(backbone, memory, small, ids, fitted)
         results |= {"memory": self.output, "method": self.method, "seconds": round(time.perf_counter() - began, 3)}
@@ -135,5 +143,11 @@ def _results(backbone: Backbone, memory: Memory, small: Compressed, ids: Tensor,
 def score_rest(backbone: Backbone, memory: Memory | None, ids: Tensor, first: int) -> Score:
     """The loss of the tokens from `first` on, each with its context; nothing is learnt."""
     settings = ReadSettings(start_in_every_window=backbone.start_in_every_window)
-    records = read(backbone.model, memory, ids, settings, start_id=backbone.start_id, first_token=first, learn=False)
-    return Score.of(torch.cat([record.nll for record in records]), 0)
+    found = []
+    with bar("measuring") as on_progress:
+        for record in read(
+            backbone.model, memory, ids, settings, start_id=backbone.start_id, first_token=first, learn=False
+        ):
+            found.append(record.nll)
+            on_progress(record.stop - first, ids.numel() - first)
+    return Score.of(torch.cat(found), 0)

@@ -9,13 +9,15 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from locas.backbone import load_backbone
-from locas.cli.common import OutputOptions, UserError, comparison, err, out, print_json
+from locas.cli.common import OutputOptions, UserError, comparison, err, out, print_json, short
 from locas.cli.memorize import drive
 from locas.cli.talk import SamplingOptions, continuation
 from locas.memory import load, read
@@ -34,7 +36,7 @@ class Demo:
     Some sentences are held back from the reading; the loaded memory is asked about those.
     """
 
-    output: str = "demo.safetensors"
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "demo.safetensors"
     """Where the memory goes."""
     max_tokens: int = 24_000
     """How much of the reference to read."""
@@ -125,7 +127,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 def _tell(held_back: dict[str, Any], run: Run) -> None:
     rows = held_back["sentences"]
     out.print(
-        f"\n[bold]2. In a fresh process[/bold], the memory loaded from {run.output} "
+        f"\n[bold]2. In a fresh process[/bold], the memory loaded from {escape(str(run.output))} "
         f"({Path(run.output).stat().st_size / 2**20:.1f} MiB): sentences of the reference that were held back\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -134,7 +136,7 @@ def _tell(held_back: dict[str, Any], run: Run) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows[:8]:
         bits = {k: v / 0.6931471805599453 / row["bytes"] for k, v in row["nll"].items()}
-        table.add_row(row["sentence"], f"{bits['without']:.3f}", f"{bits['with']:.3f}")
+        table.add_row(escape(row["sentence"]), f"{bits['without']:.3f}", f"{bits['with']:.3f}")
     out.print(table)
     out.print(f"\nbetter with the memory: {held_back['better']} of {held_back['of']}")
     out.print("\n[bold]3. Continuations[/bold] (greedy; the backbone is tiny, so look at its choice of words)\n")
@@ -142,7 +144,7 @@ def _tell(held_back: dict[str, Any], run: Run) -> None:
         out.print(row["prompt"], style="bold", markup=False)
         for name in ("without", "with"):
             out.print(f"  {name + ' memory':>15}: {' '.join(row['continuation'][name].split())}", markup=False)
-    out.print(f'\n[dim]go on: locas generate "A class definition" --memory {run.output} --compare[/dim]')
+    out.print(f'\n[dim]go on: locas generate "A class definition" --memory {escape(short(run.output))} --compare[/dim]')
 
 
 if __name__ == "__main__":

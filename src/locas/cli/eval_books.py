@@ -11,10 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json, said_skipped, short
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    UserError,
+    brief_name,
+    check_folder,
+    err,
+    out,
+    print_json,
+    said_skipped,
+)
 from locas.evaluate.book import Book, Method
 from locas.evaluate.books import REFERENCE, BooksRun
 from locas.evaluate.books import Progress as BooksProgress
@@ -76,11 +88,14 @@ class EvalBooks:
 
     def run(self) -> int:
         methods, seeds = parse_methods(self.methods), parse_seeds(self.seeds)
+        read = ReadSettings(window=self.window, chunk=self.chunk)
+        if self.output is not None:
+            check_folder(self.output)
         documents = self.collect()
         backbone = self.backbone.load()
         books = [Book.of(d, backbone, self.max_tokens) for d in documents]
         with _folder(self.output) as folder:
-            run = BooksRun(backbone, books, folder, methods, ReadSettings(window=self.window, chunk=self.chunk), seeds)
+            run = BooksRun(backbone, books, folder, methods, read, seeds)
             if not drive(run):
                 return self._stopped()
             found = results(run)
@@ -142,6 +157,9 @@ def parse_methods(text: str) -> list[Method]:
     methods = [Method.parse(part) for part in text.split(",") if part.strip()]
     if not methods:
         raise UserError(f"--methods names no method; give some of {', '.join(LEARNERS)}")
+    for method in methods:
+        if method.name not in LEARNERS:
+            raise UserError(f"there is no method {method.name!r}; there are {', '.join(LEARNERS)}")
     return methods
 
 
@@ -178,7 +196,7 @@ def table(found: Figures) -> Table:
         view.add_column(title, justify="right" if title else "left", overflow="fold")
     for name, m in found["methods"].items():
         view.add_row(
-            name,
+            escape(name),
             f"{m['bits_per_byte']:.4f}",
             f"{m['perplexity']:.2f}",
             f"{m['perplexity_chunk_mean']:.2f}",
@@ -207,10 +225,7 @@ def _folder(output: str | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    path = Path(output)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{short(path)} is a file; -o names a folder")
-    yield path
+    yield Path(output)
 
 
 @contextlib.contextmanager
@@ -235,7 +250,7 @@ def _bar(total: int) -> Iterator[Any]:
             unit, n = progress.unit, progress.unit.book.ids.numel()
             bar.update(
                 task,
-                description=f"{_brief(unit.book.name)} {unit.method.label}",
+                description=escape(f"{brief_name(unit.book.name)} {unit.method.label}"),
                 completed=progress.tokens,
                 figures=f"{progress.record.stop:,}/{n:,} tokens",
             )
@@ -260,10 +275,6 @@ class _Lines:
                 f"{share:3.0f}%  {unit.book.name}  {unit.method.label}  seed {unit.seed}  "
                 f"{self.sum / self.count:.4f} nats a token"
             )
-
-
-def _brief(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _finite(value: Any) -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, err, out, print_json
+from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, check_folder, err, out, print_json
 from locas.evaluate.cells import Cells, finite
 from locas.evaluate.dialogue import DialogueSettings, parse_method, run, setups
 from locas.evaluate.dialogue_figures import summarise
@@ -47,7 +48,7 @@ class EvalDialogue:
     window: Maybe[int] = None
     """Tokens that the model sees at once while it reads (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None
-    """Tokens that are scored, and then learnt, at once (default: half the window)."""
+    """Tokens that are scored, and then learnt, at once (default: half the window; for locas an eighth)."""
     show: OutputOptions = field(default_factory=OutputOptions)
 
     def run(self) -> int:
@@ -56,13 +57,14 @@ class EvalDialogue:
             raise UserError(f"--methods {self.methods!r} names no method; give for example {METHODS}")
         if self.max_conversations is not None and self.max_conversations < 1:
             raise UserError(f"--max-conversations must be 1 or more; got {self.max_conversations}")
+        read = ReadSettings(window=self.window, chunk=self.chunk)
+        check_folder(self.output)
         stems("says at once if the stemmer is missing")
         conversations = load(self.path)[: self.max_conversations]
         folder = Path(self.output)
         folder.mkdir(parents=True, exist_ok=True)
         cells = Cells(folder / "cells.json")
         backbone = self.backbone.load()
-        read = ReadSettings(window=self.window, chunk=self.chunk)
         results = run(backbone, conversations, methods, read, self.ask, cells, _say)
         summary: dict[str, Any] = {
             "file": Path(self.path).name,
@@ -90,7 +92,7 @@ def dialogue_table(summary: dict[str, Any]) -> Table:
     for name, method in summary["methods"].items():
         categories, every = method["categories"], method["answerable"]
         table.add_row(
-            name,
+            escape(name),
             *(_percent(categories.get(c, {}).get("f1")) for c in names),
             _percent(categories.get("adversarial", {}).get("trap_f1")),
             "" if every["gold_ll_per_token"] is None else f"{every['gold_ll_per_token']:.3f}",

@@ -9,10 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, TextOptions, UserError, err, out, print_json
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    TextOptions,
+    UserError,
+    check_folder,
+    err,
+    out,
+    print_json,
+    said_skipped,
+)
 from locas.evaluate.cells import Cells, finite
+from locas.evaluate.dialogue import parse_method
 from locas.evaluate.forgetting import ForgettingSettings, book, configs, run, unrelated_text
 from locas.evaluate.forgetting_figures import draw, summarise
 from locas.evaluate.mmlu import Mmlu
@@ -62,7 +75,7 @@ class EvalForgetting:
     window: Maybe[int] = None
     """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None
-    """Tokens that are scored, and then learnt, at once (default: half the window)."""
+    """Tokens that are scored, and then learnt, at once (default: half the window; for locas an eighth)."""
     seed: int = 0
     """Of everything random."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
@@ -75,16 +88,21 @@ class EvalForgetting:
             scales=tuple(_numbers("--scales", self.scales, float)),
             seed=self.seed,
         )
+        read = ReadSettings(window=self.window, chunk=self.chunk)
+        ranks, factors = _numbers("--ranks", self.ranks, int), _numbers("--lr-factors", self.lr_factors, float)
+        methods = [m.strip() for m in self.methods.split(",") if m.strip()]
+        if not methods:
+            raise UserError(f"--methods {self.methods!r} names no method; give for example locas,templora-tuned")
+        for method in methods:
+            parse_method(method)
         mmlu = self._mmlu()
+        check_folder(self.output)
         documents = self.text.collect()
         others = self._unrelated() if self.unrelated else documents
         folder = Path(self.output)
         folder.mkdir(parents=True, exist_ok=True)
         cells = Cells(folder / "cells.json")
         backbone = self.backbone.load()
-        read = ReadSettings(window=self.window, chunk=self.chunk)
-        ranks, factors = _numbers("--ranks", self.ranks, int), _numbers("--lr-factors", self.lr_factors, float)
-        methods = [m.strip() for m in self.methods.split(",") if m.strip()]
         chosen = configs(backbone, methods, ranks, factors, read)
         books = [book(backbone, d, self.text.max_tokens, settings) for d in documents]
         unrelated = [unrelated_text(backbone, d, settings) for d in others]
@@ -105,13 +123,19 @@ class EvalForgetting:
 
     def _mmlu(self) -> Mmlu | None:
         if self.mmlu is None:
+            if self.mmlu_limit is not None or self.mmlu_shots is not None or self.mmlu_subjects:
+                raise UserError("--mmlu-limit, --mmlu-shots and --mmlu-subjects go with --mmlu DIR")
             return None
         subjects = tuple(s.strip() for s in self.mmlu_subjects.split(",") if s.strip())
         return Mmlu(self.mmlu, shots=self.mmlu_shots, limit=self.mmlu_limit, subjects=subjects)
 
     def _unrelated(self) -> list[Any]:
         return collect(
-            self.unrelated, gutenberg=self.text.gutenberg, reflow=self.text.reflow, encoding=self.text.encoding
+            self.unrelated,
+            gutenberg=self.text.gutenberg,
+            reflow=self.text.reflow,
+            encoding=self.text.encoding,
+            on_skip=said_skipped,
         )
 
     def _summary(self, settings: ForgettingSettings, read: ReadSettings, chosen: Any, backbone: Any) -> dict[str, Any]:
@@ -146,7 +170,7 @@ def frontier_table(summary: dict[str, Any]) -> Table:
     for p in summary["points"]:
         accuracy = mmlu.get(p["label"]) if p["scale"] == 1 else None
         table.add_row(
-            p["label"],
+            escape(p["label"]),
             f"{p['scale']:g}",
             f"{p['gain']:+.4f}",
             f"{p['kl']:.4f}",
@@ -156,7 +180,7 @@ def frontier_table(summary: dict[str, Any]) -> Table:
             "" if accuracy is None else f"{100 * accuracy:.1f}",
         )
     for row in summary["failed"]:
-        table.add_row(f"{row['label']} ({row['book']})", "", "diverged")
+        table.add_row(escape(f"{row['label']} ({row['book']})"), "", "diverged")
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from locas.cli.common import OutputOptions, out, print_json
 from locas.memory import load
@@ -59,17 +60,21 @@ class Info:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        table.add_row("merged checkpoint", f"format {manifest['version']}, written by locas {manifest['library']}")
-        table.add_row("backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
-        table.add_row(
-            "FFN width", f"{width['original']:,} -> {width['merged']:,}  ({width['key']}, multiple of {width['align']})"
+        _row(table, "merged checkpoint", f"format {manifest['version']}, written by locas {manifest['library']}")
+        _row(table, "backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
+        _row(
+            table,
+            "FFN width",
+            f"{width['original']:,} -> {width['merged']:,}  ({width['key']}, multiple of {width['align']})",
         )
-        table.add_row("dtype", manifest["dtype"] or "as the backbone's")
+        _row(table, "dtype", manifest["dtype"] or "as the backbone's")
         for about in manifest["memories"]:
             tokens = sum(d["tokens"] for d in about["manifest"]["documents"])
             rank, layers = _rank(about["manifest"]["ranks"]), len(about["manifest"]["ranks"])
-            table.add_row(
-                "memory", f"{about['name']}: rank {rank} on {layers} layers, {tokens:,} tokens read  ({about['file']})"
+            _row(
+                table,
+                "memory",
+                f"{about['name']}: rank {rank} on {layers} layers, {tokens:,} tokens read  ({about['file']})",
             )
             if "compose" in about["manifest"].get("settings", {}):
                 _describe_composed(table, about["manifest"]["settings"]["compose"])
@@ -82,23 +87,23 @@ def _describe(manifest: dict[str, Any], parameters: int, size: int, norms: dict[
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     tokens = sum(d["tokens"] for d in manifest["documents"])
-    table.add_row(
-        "memory", f"Locas-{manifest['variant'].upper()}, {manifest['activation']}, format {manifest['version']}"
+    _row(
+        table, "memory", f"Locas-{manifest['variant'].upper()}, {manifest['activation']}, format {manifest['version']}"
     )
-    table.add_row("backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
+    _row(table, "backbone", f"{manifest['backbone']}  (fingerprint {manifest['backbone_fingerprint'][:12]})")
     if "frozen" in manifest:
         slots, total = sum(manifest["frozen"].values()), sum(manifest["ranks"].values())
-        table.add_row("frozen", f"{slots:,} of {total:,} slots: reading on does not change them")
-    table.add_row("parameters", f"{parameters:,}  ({size / 2**20:.2f} MiB)")
-    table.add_row("read", f"{tokens:,} tokens in {_texts(len(manifest['documents']))}" if tokens else "nothing yet")
+        _row(table, "frozen", f"{slots:,} of {total:,} slots: reading on does not change them")
+    _row(table, "parameters", f"{parameters:,}  ({size / 2**20:.2f} MiB)")
+    _row(table, "read", f"{tokens:,} tokens in {_texts(len(manifest['documents']))}" if tokens else "nothing yet")
     for document in manifest["documents"]:
-        table.add_row("", f"{document['name']}: {document['tokens']:,} tokens")
+        _row(table, "", f"{document['name']}: {document['tokens']:,} tokens")
     for group, settings in manifest["settings"].items():
         if group == "compose":
             _describe_composed(table, settings)
         else:
-            table.add_row(f"settings: {group}", _flat(settings))
-    table.add_row("written by", f"locas {manifest['library']}")
+            _row(table, f"settings: {group}", _flat(settings))
+    _row(table, "written by", f"locas {manifest['library']}")
     out.print(table)
     layers = Table(box=None, pad_edge=False, header_style="bold")
     parts = list(next(iter(norms.values())))
@@ -116,17 +121,24 @@ def _describe_composed(table: Table, composed: dict[str, Any]) -> None:
     """A row for each part of a composed memory, and for what was fitted."""
     for number, part in enumerate(composed["parts"], start=1):
         texts = ", ".join(d["name"] for d in part.get("documents", ())) or "nothing read"
-        table.add_row(
-            f"composed part {number}", f"rank {_rank(part['ranks'])}, weight {part.get('weight', 1.0):g}: {texts}"
+        _row(
+            table,
+            f"composed part {number}",
+            f"rank {_rank(part['ranks'])}, weight {part.get('weight', 1.0):g}: {texts}",
         )
     fit = composed.get("fit")
     if fit is not None:
-        table.add_row(
-            "fitted", f"epochs {fit['epochs']}; nats a token from each part's own predictions, before and after:"
+        _row(
+            table, "fitted", f"epochs {fit['epochs']}; nats a token from each part's own predictions, before and after:"
         )
         for number, text in enumerate(fit["texts"], start=1):
             change = f"{text['divergence_before']:.4f} -> {text['divergence']:.4f}"
-            table.add_row("", f"part {number} on {text['tokens']:,} tokens: {change}")
+            _row(table, "", f"part {number} on {text['tokens']:,} tokens: {change}")
+
+
+def _row(table: Table, *cells: str) -> None:
+    """A row of what stands there, brackets and all: names of files are no markup."""
+    table.add_row(*map(Text, cells))
 
 
 def _texts(n: int) -> str:

@@ -17,12 +17,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from locas.bank import Bank
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
     OutputOptions,
     TextOptions,
     UserError,
+    all_frozen,
+    brief_name,
+    check_folder,
     comparison,
     err,
     out,
@@ -30,13 +34,13 @@ from locas.cli.common import (
     print_json,
     short,
 )
-from locas.cycle import CycleRun
+from locas.cycle import CycleRun, check_cycle
 from locas.initialise import InitSettings
 from locas.memory import load
 from locas.run import Progress as RunProgress
 from locas.run import Run
 from locas.run_memories import check_output
-from locas.run_settings import PRESETS, RunSettings
+from locas.run_settings import PRESETS, RunSettings, layer_spans
 from locas.stream import ReadSettings
 
 Preset = Literal["default", "paper"]
@@ -110,16 +114,22 @@ class Memorize:
         if self.save_every < 0:
             raise UserError(f"--save-every is a number of seconds, 0 or more; got {self.save_every}")
         self._check_batch()
+        settings = self.settings()
+        layer_spans(self.layers)
+        if self.init_tokens is not None and self.init_tokens < 1:
+            raise UserError(f"init_tokens must be 1 or more; got {self.init_tokens}")
         self._check_memory()
         if self.batch is None:
             check_output(Path(self.output))  # before a model is loaded and a long text tokenized
+        else:
+            check_folder(self.output)
         documents = self.text.collect()
         backbone = self.backbone.load()
         texts = self.text.tokenize(documents, backbone)
         if self.cycle:
-            run: Run = CycleRun(backbone, texts, self.output, self.settings())
+            run: Run = CycleRun(backbone, texts, self.output, settings)
         else:
-            run = Run(backbone, texts, self.output, self.settings(), self.batch)
+            run = Run(backbone, texts, self.output, settings, self.batch)
         self._announce(run)
         if not drive(run, self.save_every):
             return self._stopped(run)
@@ -141,17 +151,35 @@ class Memorize:
         given = {"--memory": self.memory is not None, "--grow": self.grow != 0, "--freeze": self.freeze}
         given |= {"--thaw": self.thaw, "--cycle": self.cycle != 0}
         refused = [name for name, is_given in (given | {"--compare": self.compare}).items() if is_given]
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"a batch has 1 text or more side by side; got {self.batch}")
         if self.batch is not None and refused:
             raise UserError(
                 f"{', '.join(refused)} and --batch do not go together: each text of a batch gets a fresh memory, and "
                 "`locas score TEXT --memory FILE` compares afterwards"
             )
 
+    def _check_cycle(self, bank: Bank | None) -> None:
+        """What of the cycle can be known without a backbone. bank: of --memory."""
+        if not self.cycle:
+            return
+        if bank is not None:
+            if not self.grow and not self.thaw:
+                check_cycle(bank, self.cycle)
+        elif self.initialise.variant == "glu":
+            raise UserError("the expansion-compression cycle is for Locas-MLP; leave --variant glu or --cycle out")
+        elif self.cycle >= (rank := self.initialise.rank):
+            raise UserError(
+                f"compressing {rank} slots (the memory's capacity) to {self.cycle} leaves no room; use fewer"
+            )
+
     def _check_memory(self) -> None:
         """What a memory that exists has already cannot be chosen again, unless the same is said of it."""
-        if self.memory is None:
+        bank = None if self.memory is None else load(self.memory).bank
+        self._check_cycle(bank)
+        if bank is None:
             return
-        fresh, made, bank = PRESETS[self.preset].init, self.initialise, load(self.memory).bank
+        fresh, made = PRESETS[self.preset].init, self.initialise
         has: dict[str, Any] = {"variant": bank.variant, "activation": bank.activation}
         has |= {"rank": made.rank} if {*bank.ranks.values()} == {made.rank} else {}
         chosen = [f.name for f in fields(InitSettings) if getattr(made, f.name) != getattr(fresh, f.name)]
@@ -163,6 +191,10 @@ class Memorize:
             raise UserError(
                 f"{flags} and --memory do not go together: rank, layers and initialisation of {self.memory} stay as "
                 "they are; leave it out, or add slots with --grow (made as --init and --seed say)"
+            )
+        if not self.grow and (self.freeze or (not self.thaw and all_frozen(bank))):
+            raise UserError(
+                f"every slot of {self.memory} is frozen: nothing can be learnt; add slots (--grow 32) or --thaw it"
             )
 
     def _tell_one(self, run: Run, results: dict[str, Any]) -> None:
@@ -330,7 +362,7 @@ def _bar(run: Run) -> Iterator[Any]:
             which = f"{progress.document + 1}/{len(run.texts)} " if len(run.texts) > 1 else ""
             bar.update(
                 task,
-                description=which + (name if len(name) <= 24 else name[:23] + "…"),
+                description=which + escape(brief_name(name)),
                 completed=progress.tokens,
                 figures=f"{speed(progress.tokens):,.0f} tok/s  {_figures(progress)}",
             )

@@ -94,7 +94,7 @@ class Unmerge:
             soft_wrap=True,
         )
         for file in files:
-            out.print(f"  {file}", soft_wrap=True)
+            out.print(f"  {file}", soft_wrap=True, markup=False)
         return 0
 
 

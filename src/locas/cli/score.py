@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
 import tyro
+from rich.markup import escape
 from rich.progress import track
 
 from locas.backbone import Backbone
@@ -17,6 +18,7 @@ from locas.cli.common import (
     OutputOptions,
     TextOptions,
     backbone_memory,
+    check_memory,
     comparison,
     err,
     out,
@@ -49,13 +51,13 @@ class ScoreText:
     show: OutputOptions = field(default_factory=OutputOptions)
 
     def run(self) -> int:
+        settings = ReadSettings(window=self.window, chunk=self.chunk)
+        check_memory(self.memory)
         documents = self.text.collect()
         backbone = self.backbone.load()
         memory = backbone_memory(self.memory, backbone) if self.memory else None
         texts = self.text.tokenize(documents, backbone)
-        settings = ReadSettings(
-            window=self.window, chunk=self.chunk, start_in_every_window=backbone.start_in_every_window
-        )
+        settings = replace(settings, start_in_every_window=backbone.start_in_every_window)
         results = score_texts(backbone, memory, texts, settings)
         if memory is not None:
             results["baseline"] = score_texts(backbone, None, texts, settings)
@@ -75,7 +77,7 @@ def score_texts(backbone: Backbone, memory: Memory | None, texts: list[Text], se
         records = read(backbone.model, memory, text.ids, settings, start_id=backbone.start_id, learn=False)
         _, chunk = settings.sizes(backbone.model)
         chunks = -(-text.ids.numel() // chunk)
-        shown = track(records, f"{what} {text.name}", total=chunks, console=err, disable=not err.is_terminal)
+        shown = track(records, f"{what} {escape(text.name)}", total=chunks, console=err, disable=not err.is_terminal)
         scores.append(Score.of(torch.cat([r.nll for r in shown]), text.n_bytes))
     seconds = time.perf_counter() - began
     parameters = memory.n_parameters if memory else 0

@@ -13,10 +13,22 @@ import tyro
 from torch import Tensor
 
 from locas.backbone import Backbone
-from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, backbone_memory, err, out, print_json
+from locas.cli.common import (
+    BackboneOptions,
+    Maybe,
+    OutputOptions,
+    UserError,
+    all_frozen,
+    backbone_memory,
+    check_memory,
+    err,
+    out,
+    print_json,
+)
 from locas.forward import device_of, trained_context
 from locas.initialise import InitSettings
 from locas.memory import Memory, create, record_reading
+from locas.run_memories import check_output
 from locas.run_settings import PRESETS
 from locas.stream import Reader, ReadSettings
 
@@ -64,6 +76,9 @@ class Generate:
 
     def run(self) -> int:
         self.sampling.check()
+        if self.compare and self.memory is None:
+            raise UserError("--compare shows what a memory changes: add --memory FILE, or leave it out")
+        check_memory(self.memory)
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         backbone = self.backbone.load()
         memory = backbone_memory(self.memory, backbone) if self.memory else None
@@ -109,13 +124,17 @@ class Chat:
         self.sampling.check()
         if self.learn and not self.memory:
             raise UserError("--learn needs a file to write into: add --memory FILE")
+        if not self.learn and (self.rank != Chat.rank or self.read != _LISTENING):
+            raise UserError("--rank, --window, --chunk and how else to write say nothing without --learn; add it")
+        there = self.memory if self.memory and (not self.learn or Path(self.memory).exists()) else None
+        check_memory(there)
         backbone = self.backbone.load()
-        memory = None
-        if self.memory and (not self.learn or Path(self.memory).exists()):
-            memory = backbone_memory(self.memory, backbone)
+        memory = backbone_memory(there, backbone) if there else None
         listener = (
             _Listener(backbone, memory, self.memory, self.rank, self.read) if self.learn and self.memory else None
         )
+        if listener is not None:
+            listener.check()
         conversation = _Conversation(backbone, self.sampling)
         for message in _messages():
             reply = conversation.answer(message, memory)
@@ -137,14 +156,26 @@ class _Listener:
         self.backbone, self.memory, self.path, self.rank, self.settings = backbone, memory, path, rank, settings
         self._writer: dict[str, Tensor] | None = None
 
+    def check(self) -> None:
+        """Raises ValueError or OSError where learning would: at the start, not after the first reply."""
+        check_output(Path(self.path))
+        self.settings.sizes(self.backbone.model)
+        if self.memory is None:
+            self._fresh(self.backbone.encode("You")[0])
+        elif all_frozen(self.memory.bank):
+            raise UserError(f"every slot of {self.path} is frozen: nothing can be learnt; choose another --memory")
+
+    def _fresh(self, ids: Tensor) -> Memory:
+        return create(
+            self.backbone.model, ids, InitSettings(rank=self.rank), start_id=self.backbone.start_id,
+            name=self.backbone.name, tokenizer_sha256=self.backbone.tokenizer_sha256,
+        )  # fmt: skip
+
     def learn(self, ids: Tensor, first: int) -> Memory:
         """Reads the conversation's tokens from `first` on; those before are context."""
         model, start_id = self.backbone.model, self.backbone.start_id
         if self.memory is None:
-            init, about = InitSettings(rank=self.rank), self.backbone
-            self.memory = create(
-                model, ids, init, start_id=start_id, name=about.name, tokenizer_sha256=about.tokenizer_sha256
-            )
+            self.memory = self._fresh(ids)
         reader = Reader(model, self.memory.bank, [ids], self.settings, start_id=start_id, first_token=first)
         assert reader.writer is not None
         if self._writer is None:
@@ -215,10 +246,13 @@ def _messages() -> Any:
 
 
 def prompt_ids(backbone: Backbone, text: str) -> Tensor:
-    """[n] token ids of a prompt, without special tokens."""
+    """[n] token ids of a prompt, without the start token, also where the text (of a chat template, say) begins with it:
+    whoever reads the prompt puts one before it."""
     if not text.strip():
         raise UserError("the prompt is empty; give some words to continue")
-    return backbone.encode(text)[0]
+    ids = backbone.encode(text)[0]
+    begun = backbone.start_id is not None and ids.numel() > 1 and int(ids[0]) == backbone.start_id
+    return ids[1:] if begun else ids
 
 
 @torch.no_grad()
