@@ -37,7 +37,7 @@ def grid() -> Iterator[str]:
     yield from (f"templora-tuned:lr={lr:g}" for lr in (1e-3, 2e-3, 4e-3, 8e-3))  # two steps are its own
     for steps in (1, 2, 3):
         yield from (f"lora-pissa:lr={lr:g}:steps={steps}" for lr in (3e-4, 1e-3, 3e-3))
-        yield from (f"lora-eva:lr={lr:g}:steps={steps}" for lr in (1e-3, 2e-3, 4e-3))
+        yield from (f"lora-eva:lr={lr:g}:steps={steps}" for lr in (1e-3, 2e-3, 4e-3, 8e-3))
         yield from (f"ffn-inplace:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 1e-3, 3e-3))
         yield from (f"dynamic:lr={lr:g}:steps={steps}" for lr in (1e-4, 3e-4, 6e-4))
     for steps in (1, 2):

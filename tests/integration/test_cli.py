@@ -440,6 +440,23 @@ def test_chat_goes_on_with_its_memory_and_only_learns_where_asked(
     assert memory.read_bytes() == before
 
 
+def test_strength_is_between_the_backbone_and_all_that_was_learnt(
+    whole: tuple[Path, dict[str, Any]], tale: Path, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = ("score", tale, "--memory", whole[0], "--json", "--strength")
+    none, half, one = (json.loads(main(*score, strength)[1]) for strength in (0, 0.5, 1))
+    assert none["nll"] == none["baseline"]["nll"]
+    assert one["nll"] < half["nll"] < none["nll"]
+    said = {}
+    for strength in (0, 1):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Once more.\n"))
+        said["chat", strength] = main("chat", "--memory", whole[0], "--temperature", "0", "--strength", strength)[1]
+        generate = ("generate", "Once", "--memory", whole[0], "--temperature", "0", "--compare", "--json")
+        said["generate", strength] = json.loads(main(*generate, "--strength", strength)[1])
+    assert said["chat", 0] != said["chat", 1]
+    assert said["generate", 0]["text"] == said["generate", 0]["baseline"]["text"] != said["generate", 1]["text"]
+
+
 def test_generate_is_as_random_as_its_seed(main: Main) -> None:
     texts = [
         json.loads(main("generate", "The whale", "--json", "--max-new-tokens", "9", "--seed", seed)[1])["text"]

@@ -57,6 +57,14 @@ def check_memory(*paths: str | None) -> None:
             load(path)
 
 
+def check_strength(strength: float, memory: str | None) -> None:
+    """Raises UserError where --strength is none, or has nothing to act on."""
+    if not math.isfinite(strength):
+        raise UserError(f"--strength is a number, 1 as the memory was learnt; got {strength}")
+    if strength != 1 and memory is None:
+        raise UserError("--strength says how strongly a memory acts: add --memory FILE, or leave it out")
+
+
 def all_frozen(bank: Bank) -> bool:
     """Whether no slot of a memory can learn."""
     frozen = bank.frozen_rows()

@@ -19,6 +19,7 @@ from locas.cli.common import (
     TextOptions,
     backbone_memory,
     check_memory,
+    check_strength,
     comparison,
     err,
     out,
@@ -44,6 +45,9 @@ class ScoreText:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone."""
+    strength: float = 1.0
+    """How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text
+    and changes other text half as much."""
     window: Maybe[int] = None
     """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None
@@ -52,10 +56,11 @@ class ScoreText:
 
     def run(self) -> int:
         settings = ReadSettings(window=self.window, chunk=self.chunk)
+        check_strength(self.strength, self.memory)
         check_memory(self.memory)
         documents = self.text.collect()
         backbone = self.backbone.load()
-        memory = backbone_memory(self.memory, backbone) if self.memory else None
+        memory = backbone_memory(self.memory, backbone).scaled(self.strength) if self.memory else None
         texts = self.text.tokenize(documents, backbone)
         settings = replace(settings, start_in_every_window=backbone.start_in_every_window)
         results = score_texts(backbone, memory, texts, settings)

@@ -21,6 +21,7 @@ from locas.cli.common import (
     all_frozen,
     backbone_memory,
     check_memory,
+    check_strength,
     err,
     out,
     print_json,
@@ -69,6 +70,9 @@ class Generate:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone."""
+    strength: float = 1.0
+    """How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text
+    and changes other text half as much."""
     compare: bool = False
     """Also continue without the memory."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -78,10 +82,11 @@ class Generate:
         self.sampling.check()
         if self.compare and self.memory is None:
             raise UserError("--compare shows what a memory changes: add --memory FILE, or leave it out")
+        check_strength(self.strength, self.memory)
         check_memory(self.memory)
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         backbone = self.backbone.load()
-        memory = backbone_memory(self.memory, backbone) if self.memory else None
+        memory = backbone_memory(self.memory, backbone).scaled(self.strength) if self.memory else None
         ids = prompt_ids(backbone, prompt)
         text = continuation(backbone, memory, ids, self.sampling)
         plain = continuation(backbone, None, ids, self.sampling) if self.compare and memory else None
@@ -113,6 +118,9 @@ class Chat:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone; with --learn it is created where it does not exist."""
+    strength: float = 1.0
+    """How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text
+    and changes other text half as much. What is learnt is not changed by it."""
     learn: bool = False
     """Write each of your messages into the memory file."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -126,6 +134,7 @@ class Chat:
             raise UserError("--learn needs a file to write into: add --memory FILE")
         if not self.learn and (self.rank != Chat.rank or self.read != _LISTENING):
             raise UserError("--rank, --window, --chunk and how else to write say nothing without --learn; add it")
+        check_strength(self.strength, self.memory)
         there = self.memory if self.memory and (not self.learn or Path(self.memory).exists()) else None
         check_memory(there)
         backbone = self.backbone.load()
@@ -137,7 +146,7 @@ class Chat:
             listener.check()
         conversation = _Conversation(backbone, self.sampling)
         for message in _messages():
-            reply = conversation.answer(message, memory)
+            reply = conversation.answer(message, memory and memory.scaled(self.strength))
             out.print(reply, soft_wrap=True, markup=False)
             if listener is not None:
                 memory = listener.learn(*conversation.with_message(message))
