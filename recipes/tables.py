@@ -24,6 +24,7 @@ from speed_tables import at_a_glance, bench, speed_in_brief
 from sweep import baseline, baselines
 
 import locas
+from locas import InitSettings
 from locas.backbone import DEFAULT_BACKBONE, built_in
 from locas.evaluate.provenance import weights_sha256
 from locas.evaluate.statistics import paired_bootstrap
@@ -35,6 +36,7 @@ BACKBONES = ROOT / "src" / "locas" / "backbones"
 PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- results/(\S+\.json) -->\n).*?(<!-- end -->)", re.S)
+RANK, STRENGTH = InitSettings().rank, 0.75
 Row = dict[str, Any]
 
 
@@ -175,7 +177,23 @@ def forgetting_in_brief(report: Row) -> str:
             f"; MMLU{on} changes by {100 * max(changes, key=abs):+.1f} points at most (standard error "
             f"{100 * report['mmlu']['standard_error']:.1f})"
         )
-    return point(f"{text}. With nothing attached, the backbone is the same to the last bit.")
+    return point(f"{text}. With nothing attached, the backbone is the same to the last bit.") + _strength(
+        report["points"]
+    )
+
+
+def _strength(points: list[Row]) -> str:
+    """One more: what is left, of the default memory's gain and of its change elsewhere, at less strength."""
+    mine = {p["scale"]: p for p in points if (p["method"], p["rank"], p["lr_factor"]) == ("locas", RANK, 1.0)}
+    if not {STRENGTH, 1.0} <= mine.keys():
+        return ""
+    less, whole = mine[STRENGTH], mine[1.0]
+    return point(
+        f"How strongly a memory acts is a dial. At full strength `locas` gains {whole['gain']:.3f} nats a token on the "
+        f"book's later text, and other books take {whole['bits_per_byte_change']:+.3f} bits per byte (KL "
+        f"{whole['kl']:.3f} nats a token); at `--strength {STRENGTH:g}` {100 * less['gain'] / whole['gain']:.0f}% of "
+        f"the gain is left, and other books take {less['bits_per_byte_change']:+.3f} (KL {less['kl']:.3f})."
+    )
 
 
 def point(text: str) -> str:
