@@ -23,7 +23,8 @@ last bit, as on another machine.
 * `tensors`: by name, `sha256` of the original's bytes; where changed, `merged_sha256`; where widened, `axis` and
   `blocks` (2: gate and up in one matrix)
 * `shards`: by file name, the original's header as text
-* `files`: the original text of config.json and, where there is one, of the index
+* `files`: the original text of config.json and, where there are such, of the index, the list of hashes and the card
+* `card`: true; the card (`README.md`) is of the merge (`merge_card.py`)
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from locas.checkpoint import (
     write_text,
 )
 from locas.memory import Memory, load
+from locas.merge_card import CARD, card
 from locas.merge_plan import MANIFEST, Plan, make_plan, new_entry, set_width
 
 FORMAT = "locas-merge"
@@ -124,8 +126,9 @@ def merge(
         if source.index_text is not None:
             write_text(folder / INDEX, _new_index(source, plan))
         for path in source.other_files():
-            if path.name != SUMS:
+            if path.name not in (SUMS, CARD):
                 copy_file(source.folder / path, folder / path)
+        write_text(folder / CARD, card(manifest, manifest["files"].get(CARD)))
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return manifest
 
@@ -149,7 +152,7 @@ def _manifest(
         )
     sums, texts = source.folder / SUMS, {CONFIG: source.config_text}
     texts |= {INDEX: source.index_text} if source.index_text is not None else {}
-    texts |= {SUMS: read_text(sums)} if sums.is_file() else {}
+    texts |= {path.name: read_text(path) for path in (sums, source.folder / CARD) if path.is_file()}
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -162,6 +165,7 @@ def _manifest(
         "tensors": {},
         "shards": {shard.path.name: shard.header for shard in source.shards},
         "files": texts,
+        "card": True,
     }
 
 

@@ -33,6 +33,7 @@ from locas.checkpoint import (
     write_text,
 )
 from locas.merge import FORMAT, FORMAT_VERSION, MANIFEST, MEMORIES, OnProgress, Progress, check_sha256, sha256_of
+from locas.merge_card import CARD
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"memory {i} should be {MEMORIES}/{i}.safetensors, not {about['file']!r}")
     headers = [entries_of(header) for header in manifest["shards"].values()]
     names = [entry.name for entries in headers for entry in entries]
-    if sorted(names) != sorted(manifest["tensors"]) or not manifest["files"].keys() <= {CONFIG, INDEX, SUMS}:
+    if sorted(names) != sorted(manifest["tensors"]) or not manifest["files"].keys() <= {CONFIG, INDEX, SUMS, CARD}:
         raise ValueError("the headers of its shards and its list of tensors disagree")
     if not all(isinstance(text, str) for text in manifest["files"].values()) or CONFIG not in manifest["files"]:
         raise ValueError(f"the original {CONFIG} is missing")
@@ -80,8 +81,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 def unmerge(folder: str | Path, output: str | Path, *, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Writes the checkpoint that a merged one was made from, and its memories as files in `locas_memories`.
 
-    Weights, index, config and a list of hashes are byte for byte what they were, which is checked; tokenizer and other
-    files are copied as they are now.
+    Weights, index, config, card and a list of hashes are byte for byte what they were, which is checked; tokenizer and
+    other files are copied as they are now.
 
     Args:
         folder: what `merge` wrote.
@@ -114,8 +115,9 @@ def unmerge(folder: str | Path, output: str | Path, *, on_progress: OnProgress |
             write_shard(new / name, manifest["shards"][name], _originals(merged, manifest, entries, progress))
         for name, text in manifest["files"].items():
             write_text(new / name, text)
+        ours = {MANIFEST, *manifest["files"]} | ({CARD} if manifest.get("card") else set())
         for path in merged.other_files():
-            if path.name not in (MANIFEST, *manifest["files"]):
+            if path.name not in ours:
                 copy_file(merged.folder / path, new / path)
     return manifest
 

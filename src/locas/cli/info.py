@@ -53,7 +53,7 @@ class Info:
     def _merged(self) -> int:
         manifest = read_manifest(self.file)
         if self.show.json:
-            inner = ("tensors", "shards", "files")  # what un-merging needs, and no reader
+            inner = ("tensors", "shards", "files", "card")  # what un-merging needs, and no reader
             print_json({k: v for k, v in manifest.items() if k not in inner})
             return 0
         width = manifest["width"]
