@@ -342,7 +342,11 @@ def sweep(report: Row) -> str:
         + [f"{c[b]:+.1f}%" if b in c else "" for b in columns]
         for (grid, tokens, name), c in names.items()
     ]
-    return "## Choosing the settings\n" + markdown(["setting", "tokens", "mean", *columns], lines)
+    grids = ", ".join(dict.fromkeys(grid for grid, _, _ in names))
+    return (
+        f"## Choosing the settings: {grids}\nChange of perplexity against truncated reading of the same tokens, on "
+        "development books by number.\n\n" + markdown(["setting", "tokens", "mean", *columns], lines)
+    )
 
 
 def headline(report: Row) -> str:
