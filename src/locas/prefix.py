@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas.forward import call, decoder, hold_after_update, positions_are_relative, read_prefix
+from locas.forward import call, decoder, positions_are_relative, read_prefix
 from locas.read_settings import ReadSettings
 from locas.window import Layout
 
@@ -98,10 +98,11 @@ class RecomputedPrefix:
 class _Kept:
     """What stays from chunk to chunk.
 
-    keys, values: by layer, [row, kv_heads, tokens, head_dim]; where `cut`, with room for the sinks before them, in the
-    place of tokens that are dropped. rows: the document of each. stop: one past the last token's position. reads:
-    chunks since the window was last recomputed. cut: whether older tokens were dropped, so that sinks are needed.
-    sinks: keys and values by layer, [row, chunks ahead, kv_heads, sinks, head_dim].
+    keys, values: by layer, [row, kv_heads, tokens, head_dim], the beginning of a tensor with room for the next chunk's;
+    where `cut`, with room for the sinks before them, in the place of tokens that are dropped. rows: the document of
+    each. stop: one past the last token's position. reads: chunks since the window was last recomputed. cut: whether
+    older tokens were dropped, so that sinks are needed. sinks: keys and values by layer, [row, chunks ahead, kv_heads,
+    sinks, head_dim].
     """
 
     keys: list[Tensor]
@@ -178,17 +179,12 @@ class KeptPrefix:
         for layer, (k, v) in enumerate(zip(states[::2], states[1::2], strict=True)):
             past.update(k[:, :, :0], v[:, :, :0], layer)
             past.layers[layer].keys, past.layers[layer].values = k, v  # not copied, as `update` would
-        hold_after_update(past, self._last)
+            past.layers[layer].update = _appending(past.layers[layer], self.limit + self.chunk)
         return {"past_key_values": past, "use_cache": True, "position_ids": positions}
 
-    def _last(self, states: Tensor) -> Tensor:
-        """Those of the last tokens; copied where some are dropped, so that these are freed."""
-        states = states.detach()
-        return states if states.shape[-2] <= self.limit else states[:, :, -self.limit :].clone()
-
     def left(self, context: dict[str, Any]) -> list[Tensor]:
-        """What may be kept of a context that a chunk was read behind: by layer keys and values of the last tokens."""
-        return [self._last(t) for t in _states(context["past_key_values"])]
+        """What may be kept of a context that a chunk was read behind: by layer keys and values."""
+        return [t.detach() for t in _states(context["past_key_values"])]
 
     def open(self, left: Sequence[Tensor], lent: bool) -> None:
         """Holds what `left` returned until `keep` keeps it, copied if it is only lent."""
@@ -218,13 +214,16 @@ class KeptPrefix:
         self._reading, self._left = None, ((), False)
         if reading is None or not left:
             return
+        last = [t[:, :, -self.limit :] for t in left]
         if lent:
             old = [] if before is None else [t for pair in zip(before.keys, before.values, strict=True) for t in pair]
-            if [t.shape for t in old] == [t.shape for t in left]:
-                torch._foreach_copy_(old, list(left))
+            if [t.shape for t in old] == [t.shape for t in last]:
+                torch._foreach_copy_(old, last)
                 left = old
             else:
-                left = [t.clone() for t in left]
+                left = [t.clone() for t in last]
+        elif left[0].shape[-2] > self.limit:
+            left = [t[:, :, : self.limit].copy_(own.clone()) for t, own in zip(left, last, strict=True)]
         self._kept = replace(reading, keys=list(left[::2]), values=list(left[1::2]))
 
     def drop(self, rows: Collection[int]) -> None:
@@ -251,7 +250,8 @@ class KeptPrefix:
         if kept is None:
             return {}
         parts = (("key", kept.keys), ("value", kept.values), ("sink", kept.sinks))
-        state = {f"{name}.{i}": t.contiguous() for name, tensors in parts for i, t in enumerate(tensors)}
+        copied = torch.contiguous_format  # the next chunk writes into what is kept
+        state = {f"{name}.{i}": t.clone(memory_format=copied) for name, ts in parts for i, t in enumerate(ts)}
         numbers = torch.tensor([kept.stop, kept.reads, int(kept.cut), *kept.rows])
         return state | {"numbers": numbers}
 
@@ -286,6 +286,48 @@ class KeptPrefix:
                 "this state's kept context does not fit its documents; move the state away to start afresh"
             )
         self._kept = _Kept(keys, values, rows, stop, reads, bool(cut), sinks)
+
+
+class _Append(torch.autograd.Function):
+    """A chunk's keys or values written behind the context's, which take no gradients, where there is room for them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, room: Tensor, context: int) -> Tensor:
+        ctx.context, stop = context, context + own.shape[-2]
+        room[:, :, context:stop] = own
+        return room[:, :, :stop]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[:, :, ctx.context :], None, None
+
+
+def _appending(layer: Any, tokens: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A cache layer's `update` that copies nothing but the new keys and values where there is room for so many tokens,
+    and makes room where there is none: kept from chunk to chunk, the context is never there twice."""
+
+    def once(keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        del layer.update  # which holds the layer: it would outlive its use
+        layer.keys, layer.values = (
+            _Append.apply(own, _with_room(context, own.shape[-2], tokens), context.shape[-2])
+            for context, own in ((layer.keys, keys), (layer.values, values))
+        )
+        return layer.keys, layer.values
+
+    return once
+
+
+def _with_room(context: Tensor, more: int, tokens: int) -> Tensor:
+    """[row, kv_heads, tokens, head_dim] the tensor that begins with the context and holds `more` tokens besides: the
+    very one that the context is the beginning of, or a new one, of `tokens` tokens at most if these are enough."""
+    rows, heads, there, width = context.shape
+    step = context.stride(2)
+    has = context.stride(1) // step if context.stride()[2:] == (width, 1) else 0
+    if has >= there + more and context.stride(0) == heads * context.stride(1):
+        return context.as_strided((rows, heads, has, width), context.stride())
+    room = context.new_empty(rows, heads, max(there + more, min(tokens, 2 * (there + more))), width)
+    room[:, :, :there] = context
+    return room
 
 
 def _states(past: Any) -> list[Tensor]:

@@ -218,6 +218,23 @@ def test_a_memory_gone_bad_is_taken_back_and_the_window_recomputed(model_of: Mod
     assert record.nll.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gpt_neox"])
+def test_the_context_is_there_once_and_a_state_is_a_copy(model_of: ModelOf, name: str) -> None:
+    model = model_of(name)
+    reader = Reader(model, memory_for(model), [text(12 * CHUNK, 3)], settings(refresh=20), start_id=START)
+    places = []
+    for n in range(12):
+        reader.next_chunk()
+        kept = reader._prefix._kept  # type: ignore[union-attr]
+        assert {t.shape[-2] for t in (*kept.keys, *kept.values)} == {min((n + 1) * CHUNK, LIMIT)}
+        places.append([t.untyped_storage().data_ptr() for t in (*kept.keys, *kept.values)])
+        if n == 7:
+            state, expected = reader.state(), {name: t.clone() for name, t in reader.state().items()}
+    assert all(place == places[-1] for place in places[3:])  # there is room for a window: it is written in place
+    assert kept.keys[0].untyped_storage().nbytes() == kept.keys[0][:, :, 0].nbytes * (LIMIT + CHUNK)
+    assert all(same_bytes(t, expected[key]) for key, t in state.items() if key.startswith("prefix."))
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 def test_no_chunk_leaves_anything_behind(model_of: ModelOf, reuse: bool) -> None:
     """Neither tensors that only the garbage collector would find: they would pile up until it comes."""
