@@ -417,7 +417,8 @@ def tuned(report: Row) -> str:
     settings = report["settings"]
     return (
         f"## Choosing the baselines' settings\nDevelopment books {settings['books']}, their first "
-        f"{settings['max_tokens']:,} tokens.\n\n" + markdown(["setting", "bits per byte", "chosen"], lines)
+        f"{settings['max_tokens']:,} tokens. Not chosen are settings of more updates a chunk than TempLoRA's two.\n\n"
+        + markdown(["setting", "bits per byte", "chosen"], lines)
     )
 
 

@@ -251,7 +251,7 @@ def test_templora_as_published_has_the_published_settings() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tokens", "backwards"),
-    [("templora-tuned", 3 * 23, 2), ("dynamic", 2 * 23, 2), ("ffn-inplace", 23, 1), ("lora-pissa", 2 * 23, 2)],
+    [("templora-tuned", 3 * 23, 2), ("dynamic", 2 * 23, 2), ("ffn-inplace", 2 * 23, 2), ("lora-pissa", 2 * 23, 2)],
 )
 def test_a_chunk_costs_no_more_passes_than_its_method_needs(name: str, tokens: int, backwards: int) -> None:
     of = backbone()

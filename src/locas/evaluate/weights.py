@@ -101,8 +101,8 @@ RECIPES: dict[str, Recipe] = {
     "templora-paper": _TEMPLORA,
     "templora-tuned": replace(_TEMPLORA, lr=2e-3, warmup_chunks=0),
     "lora-pissa": Recipe("lora", lr=1e-3, steps=2, init="pissa"),
-    "lora-eva": Recipe("lora", lr=2e-3, steps=2, init="eva"),
-    "ffn-inplace": Recipe("ffn", lr=1e-3),
+    "lora-eva": Recipe("lora", lr=4e-3, steps=2, init="eva"),
+    "ffn-inplace": Recipe("ffn", lr=1e-3, steps=2),
     "dynamic": Recipe("all", lr=3e-4, steps=2),
 }
 
