@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def run(
     recipe: str,
     rows: Callable[[Books, argparse.Namespace, list[Row]], Iterator[Row]],
     table: Callable[[Row], str],
+    read: locas.ReadSettings | None = None,
 ) -> int:
     """Measures what is missing, writing the result after every row, so that a killed run goes on where it was, with
     the same backbone and versions (see `resumed`).
@@ -57,6 +59,7 @@ def run(
         rows: yields the rows that are not among the known ones, which were measured at the same place (rank, tokens,
             the backbone's weights).
         table: makes a report's tables, which are printed at the end.
+        read: how memories read; None: in chunks of half a window, every window recomputed.
     """
     if args.table or args.folder is None:
         print(table(read_report(args.output)))
@@ -68,8 +71,9 @@ def run(
         row.setdefault("weights_sha256", weights)
     place = {k: getattr(args, k) for k in ("rank", "skip_tokens", "read_tokens", "later_tokens")}
     place |= {"backbone": backbone.name, "weights_sha256": weights, "seed": SEED}
+    place |= {} if read is None else {"read": asdict(read)}
     known = [row for row in report["results"] if {k: row.get(k) for k in place} == place]
-    for row in rows(Books(backbone, paths, args), args, known):
+    for row in rows(Books(backbone, paths, args, read), args, known):
         report["results"].append(place | row | {"commit": where["commit"]})
         report |= where | {"recipe": recipe}
         write_report(args.output, report)
@@ -83,11 +87,17 @@ class Books:
 
     Attributes:
         names: file stems, in order.
+        settings: how memories read.
         ids: {name: token ids, what is read and what follows}.
     """
 
-    def __init__(self, backbone: Backbone, paths: list[Path], args: argparse.Namespace) -> None:
+    def __init__(
+        self, backbone: Backbone, paths: list[Path], args: argparse.Namespace, read: locas.ReadSettings | None = None
+    ) -> None:
         self.backbone, self.read_tokens = backbone, args.read_tokens
+        everywhere = backbone.start_in_every_window
+        self.settings = replace(read or locas.ReadSettings(), start_in_every_window=everywhere)
+        self._scoring = locas.ReadSettings(start_in_every_window=everywhere)
         self.names = [path.stem for path in paths]
         self.ids: dict[str, Tensor] = {}
         for path in paths:
@@ -96,10 +106,6 @@ class Books:
             self.ids[path.stem] = ids[args.skip_tokens :]
         self._memories: dict[tuple[str, int], Memory] = {}
         self._losses: dict[tuple[str, int | None], tuple[float, float]] = {}
-
-    @property
-    def settings(self) -> locas.ReadSettings:
-        return locas.ReadSettings(start_in_every_window=self.backbone.start_in_every_window)
 
     def read_part(self, name: str) -> Tensor:
         return self.ids[name][: self.read_tokens]
@@ -136,7 +142,7 @@ class Books:
         if memory is not None and model is not self.backbone.model:
             with attached(model, memory.bank):  # a rounded backbone is another one: its fingerprint may differ
                 return self.losses(name, None, model)
-        records = locas.read(model, memory, self.ids[name], self.settings, start_id=start, learn=False)
+        records = locas.read(model, memory, self.ids[name], self._scoring, start_id=start, learn=False)
         nll = torch.cat([record.nll for record in records]).double()
         return float(nll[self.read_tokens :].nanmean()), float(nll[: self.read_tokens].nanmean())
 

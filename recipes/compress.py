@@ -4,10 +4,10 @@
     python recipes/compress.py ../shared/data/books/dev --books 26239 --read-tokens 4096 --later-tokens 2048
     python recipes/compress.py --table
 
-Part "survival": a memory reads the beginning of a book; it is compressed to half and a quarter of its rank by each
-method, fitted to the activations of the last part of what was read. Its gain over no memory, in nats a token, is
-measured without learning on the text that follows (held out) and on the text that was read, and compared with the
-gain before.
+Memories read as `locas memorize` reads. Part "survival": a memory reads the beginning of a book; it is compressed to
+half and a quarter of its rank by each method, fitted to the activations of the last part of what was read. Its gain
+over no memory, in nats a token, is measured without learning on the text that follows (held out) and on the text that
+was read, and compared with the gain before.
 
 Part "cycle": Locas-MLP reads the same beginning online, with slots filled step by step and compressed by NL-SVD to the
 rank whenever the capacity (twice the rank, or rank and chunk) is reached; against a memory of the rank, and one of
@@ -32,6 +32,7 @@ from markdown_table import markdown
 import locas
 from locas.compress import METHODS, compress
 from locas.cycle import read_and_compress
+from locas.run_settings import PRESETS
 
 FITTED_TOKENS = 4096
 
@@ -40,7 +41,7 @@ def main() -> int:
     """Runs what is missing, writing the result after every row."""
     options = parser(__doc__, "results/compress.json")
     options.add_argument("--part", choices=("survival", "cycle"), action="append", help="default: both")
-    return run(options.parse_args(), "compress", rows, table)
+    return run(options.parse_args(), "compress", rows, table, PRESETS["default"].read)
 
 
 def rows(books: Books, args: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
@@ -65,9 +66,7 @@ def survival(books: Books, book: str, args: argparse.Namespace, known: list[str]
         names = [f"{variant} {m} {rank}" for m, rank in plan]
         if all(name in known for name in (f"{variant} whole", *names)):
             continue
-        # Locas-MLP with activation keys, so that all its slots took gradient steps.
-        init = locas.InitSettings(args.rank, variant, "auto" if variant == "glu" else "activation", seed=SEED)
-        memory = books.learnt(book, init)
+        memory = books.learnt(book, locas.InitSettings(args.rank, variant, seed=SEED))
         nothing, whole = books.without(book), books.losses(book, memory)
         if f"{variant} whole" not in known:
             yield {"what": f"{variant} whole", "gain_later": nothing[0] - whole[0], "gain_read": nothing[1] - whole[1]}

@@ -145,11 +145,10 @@ def test_tables_do_not_mix_backbones() -> None:
 def test_no_row_of_the_cycle_is_scored_on_what_its_memory_was_made_from(
     book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = locas.ReadSettings(window=46, chunk=23, start_in_every_window=False)
-    monkeypatch.setattr(_rows.Books, "settings", property(lambda self: settings))
+    read = locas.ReadSettings(window=46, chunk=23)
     args = _rows.parser(None, "").parse_args([str(book), "--rank", "3", "--read-tokens", "97", "--later-tokens", "1"])
-    books = _rows.Books(locas.load_backbone(device="cpu"), [book / "a.txt"], args)
-    ids, seen, create = books.read_part("a"), [], locas.create
+    books = _rows.Books(locas.load_backbone(device="cpu"), [book / "a.txt"], args, read)
+    ids, settings, seen, create = books.read_part("a"), books.settings, [], locas.create
 
     def watched(model: Any, text: torch.Tensor, *more: Any, **named: Any) -> Any:
         assert torch.equal(text, ids[: text.numel()])
