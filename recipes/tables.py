@@ -122,7 +122,7 @@ def brief(report: Row) -> str:
             distance(name, "locas", -1),
             f"{m['parameters']:,}",
             f"{m['relative_time']:.1f}",
-            f"{m['relative_memory']:.1f}",
+            _ratio(m["relative_memory"], 1),
         ]
         for name, m in report["methods"].items()
     ]
@@ -136,6 +136,10 @@ def brief(report: Row) -> str:
         "memory, mean over books",
     ]
     return markdown([extent(report), *header], lines)
+
+
+def _ratio(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def dialogues_in_brief(report: Row) -> str:
@@ -361,7 +365,7 @@ def headline(report: Row) -> str:
                 f"{m['perplexity_chunk_mean']:.2f}",
                 f"{m['parameters']:,}",
                 f"{m['relative_time']:.2f}",
-                f"{m['relative_memory']:.2f}",
+                _ratio(m["relative_memory"], 2),
             ]
         )
     header = ["method", "bits per byte", "perplexity", "mean of chunks'", "parameters", "time", "memory"]
