@@ -259,7 +259,9 @@ def provenance(path: Path, report: Row, carried: set[str]) -> str:
     if name in built_in() and recorded not in carried:
         name += " as it was before (7M parameters, context of 512: the stopgap)"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"\n`{path.relative_to(ROOT)}`: commit {report['commit'][:12]}, {report['device']}, {versions}" + (
+    others = [c[:7] for c in report.get("measured_at_commits", []) if c != report["commit"]]
+    commit = report["commit"][:12] + (f" (parts of it: {', '.join(others)})" if others else "")
+    return f"\n`{path.relative_to(ROOT)}`: commit {commit}, {report['device']}, {versions}" + (
         f", backbone {name}.\n" if name else ".\n"
     )
 
