@@ -121,8 +121,8 @@ def brief(report: Row) -> str:
             distance(name, "truncation", 1),
             distance(name, "locas", -1),
             f"{m['parameters']:,}",
-            f"{m['relative_time']:.1f}",
-            _ratio(m["relative_memory"], 1),
+            _cost(m, "relative_time", 1),
+            _cost(m, "relative_memory", 1),
         ]
         for name, m in report["methods"].items()
     ]
@@ -138,8 +138,10 @@ def brief(report: Row) -> str:
     return markdown([extent(report), *header], lines)
 
 
-def _ratio(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _cost(method: Row, key: str, digits: int) -> str:
+    """A ratio to truncated reading; marked where that is reading as it was at an earlier commit."""
+    value = method[key]
+    return "" if value is None else f"{value:.{digits}f}" + ("*" if method.get("cost_of_before") else "")
 
 
 def dialogues_in_brief(report: Row) -> str:
@@ -366,8 +368,8 @@ def headline(report: Row) -> str:
                 f"{m['perplexity']:.2f}",
                 f"{m['perplexity_chunk_mean']:.2f}",
                 f"{m['parameters']:,}",
-                f"{m['relative_time']:.2f}",
-                _ratio(m["relative_memory"], 2),
+                _cost(m, "relative_time", 2),
+                _cost(m, "relative_memory", 2),
             ]
         )
     header = ["method", "bits per byte", "perplexity", "mean of chunks'", "parameters", "time", "memory"]
@@ -375,7 +377,8 @@ def headline(report: Row) -> str:
     text = (
         f"## Test books: {extent(report)}\nSeeds {seeds}. Bits per byte and perplexity, exp of the mean loss, are of "
         "all books' tokens together, and so is the mean of chunks', TempLoRA's definition; paired differences are "
-        "means over books. Time and memory are relative to truncated reading, in the same run, means over books.\n\n"
+        "means over books. Time and memory are relative to truncated reading, in the same run, means over books; "
+        "*: at an earlier commit, relative to truncated reading as it was then.\n\n"
     )
     return text + markdown(header, lines) + "\n" + _marks(methods) + _pairs(report["paired"]) + _per_book(report)
 

@@ -167,6 +167,8 @@ def test_a_method_is_added_to_earlier_results(evaluated: tuple[Path, dict[str, A
     truncation, ours, theirs = found["methods"]
     later, earlier = only(truncation, ours), only(truncation, theirs)
     assert joined(earlier, later, [truncation, ours]) == found
+    marked = joined(earlier | {"commit": "of before"}, later)["methods"]
+    assert [name for name, method in marked.items() if method.get("cost_of_before")] == [theirs]
     assert differences_picture(joined(earlier, later)).startswith(b"\x89PNG")
     assert list(joined(earlier, later)["methods"]) == [truncation, theirs, ours]
 

@@ -49,6 +49,9 @@ def results(run: BooksRun) -> Figures:
 def joined(earlier: Figures, later: Figures, order: Sequence[str] = ()) -> Figures:
     """Two result files on the same books as one, so that a method can be added without reading all of them again.
 
+    What only the earlier one has says so (`cost_of_before`) if it is of another commit: its time and memory are
+    relative to truncated reading as it was then.
+
     Args:
         earlier: a result file.
         later: another; where both have a method, its figures are taken.
@@ -77,7 +80,9 @@ def joined(earlier: Figures, later: Figures, order: Sequence[str] = ()) -> Figur
     def place(label: str) -> int:
         return order.index(label) if label in order else len(order)
 
-    methods = earlier["methods"] | later["methods"]
+    mark = {} if earlier["commit"] == later["commit"] else {"cost_of_before": True}
+    before = {label: m | mark for label, m in earlier["methods"].items()}
+    methods = before | later["methods"]
     methods = {label: methods[label] for label in sorted(methods, key=place)}
     settings = earlier["settings"]["methods"] | later["settings"]["methods"]
     return later | {
