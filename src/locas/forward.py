@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -106,27 +107,27 @@ def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
         return {}
     with torch.no_grad():
         past = call(decoder(model), inputs, use_cache=True).past_key_values
-    hold_after_update(past, lambda states: states.new_empty(0))
+    for layer in past.layers:
+        update_once(layer, partial(_used_up, layer, layer.update))
     return {"past_key_values": past, "use_cache": True}
 
 
-def hold_after_update(past: Any, hold: Callable[[Tensor], Tensor]) -> None:
-    """Makes every layer of a cache, once it got new keys and values and returned all, hold no more than `hold` of them:
-    what nobody reads again is freed while the layers above run, which need the room."""
-    for layer in past.layers:
-        layer.update = _holding(layer, hold)
-
-
-def _holding(layer: Any, hold: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    update = layer.update
+def update_once(layer: Any, update: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Makes a cache layer take the next keys and values by `update`, which gets them and returns all."""
 
     def once(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         del layer.update  # which holds the layer: it would outlive its use
-        keys, values = update(*args, **kwargs)
-        layer.keys, layer.values = hold(keys), hold(values)
-        return keys, values
+        return update(*args, **kwargs)
 
-    return once
+    layer.update = once
+
+
+def _used_up(layer: Any, update: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any) -> Any:
+    """A cache layer's `update`, after which it holds nothing: what nobody reads again is freed while the layers above
+    run, which need the room."""
+    keys, values = update(*args, **kwargs)
+    layer.keys, layer.values = keys.new_empty(0), values.new_empty(0)
+    return keys, values
 
 
 def find_head(model: nn.Module) -> nn.Linear | None:
@@ -298,7 +299,6 @@ __all__ = [
     "device_of",
     "find_head",
     "frozen",
-    "hold_after_update",
     "in_windows",
     "input_embedding",
     "positions_are_relative",
@@ -306,4 +306,5 @@ __all__ = [
     "read_prefix",
     "token_nll",
     "trained_context",
+    "update_once",
 ]

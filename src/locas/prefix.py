@@ -20,13 +20,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from locas.forward import call, decoder, positions_are_relative, read_prefix
+from locas.forward import call, decoder, positions_are_relative, read_prefix, update_once
 from locas.read_settings import ReadSettings
 from locas.window import Layout
 
@@ -176,10 +177,11 @@ class KeptPrefix:
         for state, sink in zip(states, sinks, strict=False):
             state[:, :, : self.sinks] = sink
         past = DynamicCache()
-        for layer, (k, v) in enumerate(zip(states[::2], states[1::2], strict=True)):
-            past.update(k[:, :, :0], v[:, :, :0], layer)
-            past.layers[layer].keys, past.layers[layer].values = k, v  # not copied, as `update` would
-            past.layers[layer].update = _appending(past.layers[layer], self.limit + self.chunk)
+        for number, (k, v) in enumerate(zip(states[::2], states[1::2], strict=True)):
+            past.update(k[:, :, :0], v[:, :, :0], number)
+            layer = past.layers[number]
+            layer.keys, layer.values = k, v  # not copied, as `update` would
+            update_once(layer, partial(_append, layer, self.limit + self.chunk))
         return {"past_key_values": past, "use_cache": True, "position_ids": positions}
 
     def left(self, context: dict[str, Any]) -> list[Tensor]:
@@ -302,27 +304,21 @@ class _Append(torch.autograd.Function):
         return grad[:, :, ctx.context :], None, None
 
 
-def _appending(layer: Any, tokens: int) -> Callable[..., tuple[Tensor, Tensor]]:
+def _append(layer: Any, tokens: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """A cache layer's `update` that copies nothing but the new keys and values where there is room for so many tokens,
     and makes room where there is none: kept from chunk to chunk, the context is never there twice."""
-
-    def once(keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        del layer.update  # which holds the layer: it would outlive its use
-        layer.keys, layer.values = (
-            _Append.apply(own, _with_room(context, own.shape[-2], tokens), context.shape[-2])
-            for context, own in ((layer.keys, keys), (layer.values, values))
-        )
-        return layer.keys, layer.values
-
-    return once
+    layer.keys, layer.values = (
+        _Append.apply(own, _with_room(context, own.shape[-2], tokens), context.shape[-2])
+        for context, own in ((layer.keys, keys), (layer.values, values))
+    )
+    return layer.keys, layer.values
 
 
 def _with_room(context: Tensor, more: int, tokens: int) -> Tensor:
     """[row, kv_heads, tokens, head_dim] the tensor that begins with the context and holds `more` tokens besides: the
     very one that the context is the beginning of, or a new one, of `tokens` tokens at most if these are enough."""
     rows, heads, there, width = context.shape
-    step = context.stride(2)
-    has = context.stride(1) // step if context.stride()[2:] == (width, 1) else 0
+    has = context.stride(1) // width if context.stride()[2:] == (width, 1) else 0
     if has >= there + more and context.stride(0) == heads * context.stride(1):
         return context.as_strided((rows, heads, has, width), context.stride())
     room = context.new_empty(rows, heads, max(there + more, min(tokens, 2 * (there + more))), width)

@@ -217,6 +217,7 @@ __all__ = [
     "brief_name",
     "check_folder",
     "check_memory",
+    "check_strength",
     "comparison",
     "err",
     "fail",

@@ -116,7 +116,7 @@ class _ReferenceTimer:
 
     def chunk(self, i: int, start: int) -> None:
         """After chunk i, which begins at `start`, of the method: reads the same place, if it is among those timed."""
-        often = 0 < i <= _TIMED_FIRST or (i > 0 and i % _TIMED_EVERY == 0) or self.n_chunks <= 2
+        often = (i > 0 and (i <= _TIMED_FIRST or i % _TIMED_EVERY == 0)) or self.n_chunks <= 2
         if not (self.needed and often and i != self.profiled):
             self.tokens.append(math.nan)
             self.seconds.append(math.nan)
