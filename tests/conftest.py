@@ -6,7 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # Triton's kernels run all the same, on the CPU; it asks for this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MOST_WORKERS = 4  # each needs about a gigabyte
 

@@ -209,7 +209,7 @@ class Bank:
             a = a.masked_fill(by.absent, 0.0)
         if a.is_cuda and onto is not None and by.tau is None and _is_token_on_cuda(a, onto):
             fused = kernels()
-            if fused is not None and self.activation in fused.ACTIVATIONS and by.values.shape[-2] <= fused.RANKS:
+            if fused is not None and self.activation in fused.ACTIVATIONS:
                 return fused.read_token(a, by.keys, by.values, onto, self.activation)
         slots = self._gate(_project(a, by.keys))
         return _add(onto, slots if by.tau is None else slots * by.tau, by.values)

@@ -7,6 +7,8 @@ makes the other gradients as well, in five products where `values_gradient` take
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,11 @@ from torch import Tensor
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}  # by the names in `locas.bank`
 HEAD_WIDTHS = (16, 32, 64, 128)
-RANKS = 1024  # at most, of `read_token`: a program of `_onto_kernel` holds all of a memory's values of its columns
 
-_SLOTS, _COLUMNS = 2, 64  # of one program
+# Slots and columns of one program of `_slots_kernel`, which takes so many columns at once, and of `_onto_kernel`, which
+# takes so many slots at once: all of 1,024 would not fit its registers.
+_SLOTS_TILE = {"SLOTS": 2, "WIDTH": 1024}
+_ONTO_TILE = {"SLOTS": 64, "COLUMNS": 64}
 _ROOM = 160_000  # bytes of shared memory for three steps of `_values_kernel` at once; desktop cards have 100,000
 
 
@@ -25,7 +29,7 @@ def _slots_kernel(  # type: ignore[no-untyped-def]
     a, keys, slots, d_model, rank, a_row, keys_row,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row, first = tl.program_id(0), tl.program_id(1) * SLOTS
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * SLOTS
     which, columns = first + tl.arange(0, SLOTS), tl.arange(0, WIDTH)
     there = which < rank
     keys += row * keys_row
@@ -57,17 +61,25 @@ def _slots_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _onto_kernel(  # type: ignore[no-untyped-def]
     onto, slots, values, out, d_model, rank, onto_row, values_row,
-    RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, columns = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    which, inside = tl.arange(0, RANK), columns < d_model
-    there = which < rank
-    weights = tl.load(slots + row * rank + which, mask=there, other=0.0)
-    at = which[:, None] * d_model + columns[None, :]
-    rows = tl.load(values + row * values_row + at, mask=there[:, None] & inside[None, :], other=0.0)
-    added = tl.sum(rows.to(tl.float32) * weights[:, None], axis=0)
-    before = tl.load(onto + row * onto_row + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * d_model + columns, before + added, mask=inside)
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    some, inside = tl.arange(0, SLOTS), columns < d_model
+    values += row * values_row
+    total = tl.load(onto + row * onto_row + columns, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, rank, SLOTS):
+        which = start + some
+        there = which < rank
+        weights = tl.load(slots + row * rank + which, mask=there, other=0.0)
+        at = which[:, None] * d_model + columns[None, :]
+        rows = tl.load(values + at, mask=there[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(rows.to(tl.float32) * weights[:, None], axis=0)
+    tl.store(out + row * d_model + columns, total, mask=inside)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device; its interpreter (TRITON_INTERPRET=1) has tensors on the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def read_token(a: Tensor, keys: Tensor, values: Tensor, onto: Tensor, activation: str) -> Tensor:
@@ -76,7 +88,7 @@ def read_token(a: Tensor, keys: Tensor, values: Tensor, onto: Tensor, activation
     Args:
         a: [batch, 1, d_model], the FFN's input, on CUDA.
         keys: [2 * rank, d_model] gates and keys, or [rank, d_model] keys; for each row of its own with an axis before.
-        values: [rank, d_model], with the output scale in them; likewise. At most `RANKS` of them.
+        values: [rank, d_model], with the output scale in them; likewise.
         onto: [batch, 1, d_model], the FFN's output.
         activation: a name in `ACTIVATIONS`.
 
@@ -88,15 +100,15 @@ def read_token(a: Tensor, keys: Tensor, values: Tensor, onto: Tensor, activation
     a, onto, keys, values = a.contiguous(), onto.contiguous(), keys.contiguous(), values.contiguous()
     slots, out = a.new_empty(batch, rank, dtype=torch.float32), onto.new_empty(batch, 1, d_model)
     each = 0 if keys.ndim == 2 else keys.stride(0), 0 if values.ndim == 2 else values.stride(0)
-    with torch.cuda.device(a.device):  # Triton launches on the current one
-        _slots_kernel[(batch, triton.cdiv(rank, _SLOTS))](
+    with _on(a.device):
+        _slots_kernel[(batch, triton.cdiv(rank, _SLOTS_TILE["SLOTS"]))](
             a, keys, slots, d_model, rank, d_model, each[0],
-            GATED=gated, ACTIVATION=ACTIVATIONS[activation], SLOTS=_SLOTS,
-            WIDTH=min(1024, triton.next_power_of_2(d_model)),
+            GATED=gated, ACTIVATION=ACTIVATIONS[activation], SLOTS=_SLOTS_TILE["SLOTS"],
+            WIDTH=min(_SLOTS_TILE["WIDTH"], triton.next_power_of_2(d_model)),
         )  # fmt: skip
-        _onto_kernel[(batch, triton.cdiv(d_model, _COLUMNS))](
+        _onto_kernel[(batch, triton.cdiv(d_model, _ONTO_TILE["COLUMNS"]))](
             onto, slots, values, out, d_model, rank, d_model, each[1],
-            RANK=triton.next_power_of_2(rank), COLUMNS=_COLUMNS,
+            SLOTS=min(_ONTO_TILE["SLOTS"], triton.next_power_of_2(rank)), COLUMNS=_ONTO_TILE["COLUMNS"],
         )  # fmt: skip
     return out
 
@@ -108,7 +120,7 @@ def _values_kernel(  # type: ignore[no-untyped-def]
     grad_batch, grad_head, grad_row, out_batch, out_head, out_row,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    first, both = tl.program_id(0) * KEYS, tl.program_id(1)
+    first, both = tl.program_id(0) * KEYS, tl.program_id(1).to(tl.int64)
     batch, head = both // heads, both % heads
     mine, some, width = first + tl.arange(0, KEYS), tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     key += batch * key_batch + (head // copies) * key_head
@@ -130,6 +142,15 @@ def _values_kernel(  # type: ignore[no-untyped-def]
     tl.store(at, made, mask=mine[:, None] < chunk)
 
 
+def _values_tile(width: int) -> dict[str, int]:
+    return {"WIDTH": width, "KEYS": 64 if width > 64 else 128, "QUERIES": 64}
+
+
+def _stages(device: torch.device) -> int:
+    room = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return 3 if getattr(room, "shared_memory_per_block_optin", 0) >= _ROOM else 2
+
+
 def values_gradient(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, scale: float, out: Tensor) -> None:
     """The gradient of a chunk's own values, its queries seeing them causally: weights^T grad.
 
@@ -143,15 +164,13 @@ def values_gradient(grad: Tensor, query: Tensor, key: Tensor, log_sum: Tensor, s
     """
     batch, heads, chunk, width = query.shape
     query, key, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, grad))
-    keys, queries = (64, 64) if width > 64 else (128, 64)
-    room = getattr(torch.cuda.get_device_properties(query.device), "shared_memory_per_block_optin", 0)
-    stages = 3 if room >= _ROOM else 2
-    with torch.cuda.device(query.device):
-        _values_kernel[(triton.cdiv(chunk, keys), batch * heads)](
+    tile = _values_tile(width)
+    with _on(query.device):
+        _values_kernel[(triton.cdiv(chunk, tile["KEYS"]), batch * heads)](
             query, key, log_sum.contiguous(), grad, out, heads, chunk, heads // key.shape[1], scale,
             *query.stride()[:3], *key.stride()[:3], *grad.stride()[:3], *out.stride()[:3],
-            WIDTH=width, KEYS=keys, QUERIES=queries, num_warps=4, num_stages=stages,
+            **tile, num_warps=4, num_stages=_stages(query.device),
         )  # fmt: skip
 
 
-__all__ = ["ACTIVATIONS", "HEAD_WIDTHS", "RANKS", "read_token", "values_gradient"]
+__all__ = ["ACTIVATIONS", "HEAD_WIDTHS", "read_token", "values_gradient"]
