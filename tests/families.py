@@ -72,6 +72,7 @@ GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
 GATED += ["glm", "glm4", "granite"]
 MLP = ["gpt2", "opt", "opt_post_norm", "gpt_neox", "gptj", "phi", "starcoder2", "apertus", "falcon", "bloom"]
 MOE = ["qwen3_moe", "mixtral"]
+ABSOLUTE = {"gpt2", "opt", "opt_post_norm"}  # positions by number, learnt
 MULTIMODAL = ["gemma3"]  # tiny_model makes it, but it is not in FAMILY_NAMES: only its text half is ours
 FAMILY_NAMES: list[str] = GATED + MLP + MOE
 

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from locas.attention import AttentionGradient, ChunkAttention
 from locas.head import IGNORED, head_nll, token_nll
@@ -105,11 +106,23 @@ def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
     after it needs, a cache of keys and values; it goes with one call, which uses it up layer by layer."""
     if inputs.shape[1] == 0:
         return {}
+    body = decoder(model)
+    past = _sliding_cache(body, inputs.device)
     with torch.no_grad():
-        past = call(decoder(model), inputs, use_cache=True).past_key_values
+        past = call(body, inputs, use_cache=True, past_key_values=past).past_key_values
     for layer in past.layers:
         update_once(layer, partial(_used_up, layer, layer.update))
     return {"past_key_values": past, "use_cache": True}
+
+
+def _sliding_cache(body: nn.Module, device: torch.device) -> DynamicCache | None:
+    """The cache that the model would make itself; but what its sliding layers hold of their own lies on the device from
+    the beginning, where they would copy it from the host, which cannot be captured. None: it has no such layers."""
+    past = DynamicCache(config=body.config)
+    sliding = [layer for layer in past.layers if hasattr(layer, "_sliding_window_tensor")]
+    for layer in sliding:
+        layer._sliding_window_tensor = torch.full((), layer.sliding_window, dtype=torch.long, device=device)
+    return past if sliding else None
 
 
 def update_once(layer: Any, update: Callable[..., tuple[Tensor, Tensor]]) -> None:

@@ -44,7 +44,10 @@ class Graphs:
 
     def seen_by_others(self) -> bool:
         """Whether someone's hooks are on the model: they would not be called, and what they use might be gone."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+        return any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in self._modules
+        )
 
     def run(
         self, key: Hashable, inputs: Sequence[Tensor], stages: Stages, ready: Callable[[], object] | None
@@ -73,13 +76,13 @@ class Graphs:
                 return None
             self._graph = None  # its memory first
             alive = ready()
-            random = _random_state(self._device)
+            state = _state(self._device)
             try:
                 with torch.cuda.device(self._device):
                     self._graph = Graph(whole, inputs, stages, alive)
             except RuntimeError as error:
                 self._off = True
-                _put_back(random)
+                _put_back(state)
                 first = str(error.__cause__ or error.__context__ or error).strip().splitlines()[0]
                 warnings.warn(f"this backbone is read without CUDA graphs, kernel by kernel: {first}", stacklevel=4)
                 return None
@@ -142,15 +145,18 @@ def graphs_for(model: nn.Module, device: torch.device) -> Graphs | None:
     return Graphs(model, -1 if device.index is None else device.index)
 
 
-def _random_state(device: int) -> tuple[torch.Generator, Tensor]:
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device < 0 else device]
-    return generator, generator.get_state()
+def _state(device: int) -> tuple[torch.cuda.Stream, torch.Generator, Tensor]:
+    index = torch.cuda.current_device() if device < 0 else device
+    generator = torch.cuda.default_generators[index]
+    return torch.cuda.current_stream(index), generator, generator.get_state()
 
 
-def _put_back(state: tuple[torch.Generator, Tensor]) -> None:
-    """A capture that failed leaves the generator believing that it goes on: gives it a state of its own."""
+def _put_back(state: tuple[torch.cuda.Stream, torch.Generator, Tensor]) -> None:
+    """A capture that failed may leave its stream the current one, and the generator believing that it goes on: gives
+    that a state of its own."""
+    stream, generator, numbers = state
+    torch.cuda.set_stream(stream)
     torch.cuda.synchronize()
-    generator, numbers = state
     fresh = torch.Generator(generator.device)
     fresh.set_state(numbers)
     generator.graphsafe_set_state(fresh.graphsafe_get_state())

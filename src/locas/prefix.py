@@ -75,7 +75,7 @@ class RecomputedPrefix:
         """None."""
         return []
 
-    def open(self, left: Sequence[Tensor], lent: bool) -> None:
+    def open(self, left: Sequence[Tensor]) -> None:
         """Nothing."""
 
     def keep(self) -> None:
@@ -131,7 +131,7 @@ class KeptPrefix:
         self.sinks = max(ids.numel() for ids in first)
         self._kept: _Kept | None = None
         self._reading: _Kept | None = None  # what will be kept of the chunk that is being read
-        self._left: tuple[Sequence[Tensor], bool] = ((), False)
+        self._left: Sequence[Tensor] = ()
         self._layers = 0  # of the context that is given, where sinks are
 
     def given(self, rows: list[int], prefix: Tensor, n_inputs: int, ready: Callable[[], object]) -> list[Tensor]:
@@ -188,9 +188,10 @@ class KeptPrefix:
         """What may be kept of a context that a chunk was read behind: by layer keys and values."""
         return [t.detach() for t in _states(context["past_key_values"])]
 
-    def open(self, left: Sequence[Tensor], lent: bool) -> None:
-        """Holds what `left` returned until `keep` keeps it, copied if it is only lent."""
-        self._left = left, lent
+    def open(self, left: Sequence[Tensor]) -> None:
+        """Holds what `left` returned until `keep` keeps it. What is replayed may leave it in the same place each time:
+        it reads what is there before it writes."""
+        self._left = left
 
     def _read_sinks(self, rows: list[int], kept: _Kept) -> list[Tensor]:
         """Keys and values of the sinks, layer by layer, where the next chunks will look for them."""
@@ -212,20 +213,12 @@ class KeptPrefix:
 
     def keep(self) -> None:
         """Keeps what the last call left in its cache, for the next chunk."""
-        reading, (left, lent), before = self._reading, self._left, self._kept
-        self._reading, self._left = None, ((), False)
+        reading, left = self._reading, self._left
+        self._reading, self._left = None, ()
         if reading is None or not left:
             return
-        last = [t[:, :, -self.limit :] for t in left]
-        if lent:
-            old = [] if before is None else [t for pair in zip(before.keys, before.values, strict=True) for t in pair]
-            if [t.shape for t in old] == [t.shape for t in last]:
-                torch._foreach_copy_(old, last)
-                left = old
-            else:
-                left = [t.clone() for t in last]
-        elif left[0].shape[-2] > self.limit:
-            left = [t[:, :, : self.limit].copy_(own.clone()) for t, own in zip(left, last, strict=True)]
+        if left[0].shape[-2] > self.limit:  # the last tokens to the front, one layer after another
+            left = [t[:, :, : self.limit].copy_(t[:, :, -self.limit :].clone()) for t in left]
         self._kept = replace(reading, keys=list(left[::2]), values=list(left[1::2]))
 
     def drop(self, rows: Collection[int]) -> None:
@@ -242,7 +235,7 @@ class KeptPrefix:
     def forget(self) -> None:
         """Recomputes the window at the next chunk."""
         self._kept = self._reading = None
-        self._left = ((), False)
+        self._left = ()
 
     # ---------------------------------------------------------------- resuming
 
@@ -252,7 +245,8 @@ class KeptPrefix:
         if kept is None:
             return {}
         parts = (("key", kept.keys), ("value", kept.values), ("sink", kept.sinks))
-        copied = torch.contiguous_format  # the next chunk writes into what is kept
+        # The next chunk writes into what is kept. Of one head alone the strides would be copied, and no room with them.
+        copied = torch.contiguous_format
         state = {f"{name}.{i}": t.clone(memory_format=copied) for name, ts in parts for i, t in enumerate(ts)}
         numbers = torch.tensor([kept.stop, kept.reads, int(kept.cut), *kept.rows])
         return state | {"numbers": numbers}
@@ -268,7 +262,7 @@ class KeptPrefix:
             return
         device = self.first[0].device
         keys, values, sinks = (
-            [state[name].to(device) for name in sorted(state, key=_number) if name.startswith(part)]
+            [state[name].to(device, copy=True) for name in sorted(state, key=_number) if name.startswith(part)]
             for part in ("key.", "value.", "sink.")
         )
         numbers = state["numbers"].tolist() if "numbers" in state else []

@@ -232,11 +232,11 @@ class Reader:
             self._scored = True
         if self._replayed is not None:
             nll, losses, *left = self._replayed.made
-            self._prefix.open(left, lent=True)
+            self._prefix.open(left)
             return nll.clone(), losses
         ready()
         nll, losses, *left = self._pass(*given)
-        self._prefix.open(left, lent=False)
+        self._prefix.open(left)
         return nll, losses
 
     def _stages(self) -> list[Sequence[Stage]]:

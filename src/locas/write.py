@@ -200,6 +200,9 @@ class Writer:
         before = self.live() if self._before is None else self._before
         if self._pinned is None:
             self._pinned = [t.clone() for t in before]
+            if self.inverse is not None:  # what CUDA's solver sets up when it is first called cannot be captured
+                one = self.inverse.new_ones(1, 1)
+                torch.cholesky_solve(one, torch.linalg.cholesky_ex(one)[0])
         elif self._before is not self._pinned:
             torch._foreach_copy_(self._pinned, before)
         self._before = self._pinned

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from families import FAMILY_NAMES, tiny_model
+from families import ABSOLUTE, FAMILY_NAMES, tiny_model
 from helpers import START, fresh, memory_for, same_bytes, text
 from locas.attach import attached
 from locas.forward import positions_are_relative
@@ -21,7 +21,6 @@ from locas.sites import decoder_of
 from locas.stream import Reader, ReadSettings
 
 ModelOf = Callable[..., PreTrainedModel]
-ABSOLUTE = {"gpt2", "opt", "opt_post_norm"}
 RELATIVE = [name for name in FAMILY_NAMES if name not in ABSOLUTE]
 WINDOW, CHUNK = 25, 7
 LIMIT = WINDOW - CHUNK - 1
