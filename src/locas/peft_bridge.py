@@ -43,6 +43,7 @@ from locas.bank import ACTIVATIONS
 from locas.initialise import InitSettings, create_bank, without_auto
 from locas.memory import Memory, Provenance, expected_shapes, from_manifest
 from locas.sites import Site, canonical_activation, find_family, find_sites, fingerprint
+from locas.widen import longer, matrices, put
 
 PEFT_RANGE = ("0.18", "0.22")  # from, below: the versions that the tests have run with
 _NAME = "locas"
@@ -271,7 +272,7 @@ class LocasModel(BaseTuner):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.release())
         if widened is not None:
-            _put(model, *widened)
+            put(model, *widened)
         if hasattr(model, "peft_config"):
             del model.peft_config
         return model
@@ -418,13 +419,13 @@ def _widened(
     most = max(sum(len(part["down"]) for part in parts) for parts in slots.values())
     tensors: dict[tuple[int, str], Tensor] = {}
     for layer, site in sites.items():
-        for matrix, module, blocks, axis in _matrices(site, width):
+        for matrix, module, blocks, axis in matrices(site, width):
             for kind in ("weight", "bias") if matrix != "down" else ("weight",):
                 old = getattr(module, kind, None)
                 if old is not None:
                     rows = [torch.cat([s[b] for s in slots[layer]]) if slots[layer] else None for b in blocks]
                     at = 0 if kind == "bias" else axis
-                    tensors[layer, f"{matrix}.{kind}"] = _longer(
+                    tensors[layer, f"{matrix}.{kind}"] = longer(
                         old, at, width, most, rows if kind == "weight" else None
                     )
     return width + most, tensors
@@ -454,53 +455,6 @@ def _slots(module: LocasLayer, adapters: list[str], site: Site) -> list[dict[str
                 raise ValueError(f"the adapter {adapter!r} holds NaN or infinite numbers; nothing was merged")
             found.append(parts)
     return found
-
-
-def _matrices(site: Site, width: int) -> list[tuple[str, nn.Module, tuple[str, ...], int]]:
-    """(name, module, its blocks, the axis of the slots) of a site's matrices, a fused one once."""
-    first, last = (1, 0) if site.conv1d else (0, 1)
-    matrices: list[tuple[str, nn.Module, tuple[str, ...], int]] = [("down", site.down, ("down",), last)]
-    if site.gate is site.up:
-        return [*matrices, ("up", site.up, ("gate", "up"), first)]
-    if site.gate is not None:
-        matrices.append(("gate", site.gate, ("gate",), first))
-    return [*matrices, ("up", site.up, ("up",), first)]
-
-
-def _longer(old: Tensor, axis: int, width: int, more: int, rows: list[Tensor | None] | None) -> Tensor:
-    """`old` with `more` slots behind every block of `width` along an axis: the rows, then zeros."""
-    pieces = []
-    for i, block in enumerate(old.detach().split(width, dim=axis)):
-        shape = list(block.shape)
-        shape[axis] = more
-        new = block.new_zeros(shape)
-        given = rows[i] if rows is not None else None
-        if given is not None:
-            given = given.to(new)
-            if not bool(given.isfinite().all()):
-                raise ValueError(f"the memory holds numbers too large for {new.dtype}; nothing was merged")
-            new.narrow(axis, 0, len(given)).copy_(given if axis == 0 else given.T)
-        pieces += [block, new]
-    return torch.cat(pieces, dim=axis)
-
-
-def _put(model: Any, width: int, tensors: dict[tuple[int, str], Tensor]) -> None:
-    """Exchanges the FFNs' tensors, and says the new width wherever transformers keeps it."""
-    sites = find_sites(model)
-    for (layer, part), tensor in tensors.items():
-        matrix, _, kind = part.partition(".")
-        module: Any = getattr(sites[layer], matrix)
-        setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
-        if kind == "weight":
-            rows, columns = tensor.shape if not sites[layer].conv1d else tensor.shape[::-1]
-            for name, size in (("out_features", rows), ("in_features", columns), ("nf", rows), ("nx", columns)):
-                if hasattr(module, name):
-                    setattr(module, name, size)
-    for site in sites.values():
-        if isinstance(getattr(site.exit, "intermediate_size", None), int):
-            site.exit.intermediate_size = width  # type: ignore[assignment]
-    config = getattr(model.config, "text_config", model.config)
-    setattr(config, str(find_family(model).width), width)
 
 
 _register()

@@ -10,6 +10,7 @@ import torch
 from locas import InitSettings, ReadSettings, WriteSettings
 from locas.evaluate.books import _fullest, relative_time
 from locas.evaluate.learners import Setup
+from locas.evaluate.memory_use import peak_bytes
 
 NAN = math.nan
 NO_MEMORY = Setup("truncation", ReadSettings())
@@ -61,3 +62,18 @@ def test_memory_is_measured_where_the_window_is_full_and_the_metric_made_anew(
     setup: Setup, window: int, chunk: int, whole: int, expected: int
 ) -> None:
     assert _fullest(setup, window, chunk, whole) == expected
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    kept: list[torch.Tensor] = []
+
+    def work() -> str:
+        a = torch.zeros(1000, 1000)
+        b = a + 1
+        del a
+        kept.append(b @ b)
+        return "done"
+
+    result, peak = peak_bytes(work, torch.device("cpu"))
+    assert result == "done"
+    assert 8_000_000 <= peak < 8_100_000  # two of the three at a time

@@ -23,6 +23,11 @@ from locas.text import Document, collect
 T = TypeVar("T")
 # An option that may be left out: its help text says what happens then, and "None" is not something to type.
 Maybe = Annotated[T | None, tyro.conf.DisallowNone, tyro.conf.arg(help_behavior_hint="")]
+STRENGTH = (
+    "How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text "
+    "and changes other text half as much."
+)
+Strength = Annotated[float, tyro.conf.arg(help=STRENGTH)]
 
 
 class UserError(Exception):

@@ -11,6 +11,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from locas.cli.bars import bar
 from locas.cli.common import BackboneOptions, Maybe, OutputOptions, UserError, check_folder, err, out, print_json
 from locas.evaluate.cells import Cells, finite
 from locas.evaluate.dialogue import DialogueSettings, parse_method, run, setups
@@ -65,7 +66,8 @@ class EvalDialogue:
         folder.mkdir(parents=True, exist_ok=True)
         cells = Cells(folder / "cells.json")
         backbone = self.backbone.load()
-        results = run(backbone, conversations, methods, read, self.ask, cells, _say)
+        with bar("conversations") as on_progress:
+            results = run(backbone, conversations, methods, read, self.ask, cells, _say, on_progress)
         summary: dict[str, Any] = {
             "file": Path(self.path).name,
             "conversations": [c.name for c in conversations],

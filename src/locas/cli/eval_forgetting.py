@@ -12,6 +12,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from locas.cli.bars import bar
 from locas.cli.common import (
     BackboneOptions,
     Maybe,
@@ -109,7 +110,10 @@ class EvalForgetting:
         alone = [b.name for b in books if all(u.sha256 == b.sha256 for u in unrelated)]
         if alone:
             raise UserError(f"there is no text unrelated to {alone[0]}; name some with --unrelated")
-        result = run(backbone, books, unrelated, chosen, read, settings, cells, mmlu=mmlu, say=_say)
+        with bar("books and methods") as on_progress:
+            result = run(
+                backbone, books, unrelated, chosen, read, settings, cells, mmlu=mmlu, say=_say, on_progress=on_progress
+            )
         summary = self._summary(settings, read, chosen, backbone) | summarise(result) | {"rows": result["rows"]}
         write_atomically(folder / "forgetting.json", (json.dumps(finite(summary), indent=1) + "\n").encode())
         self._draw(summary, folder)

@@ -16,6 +16,7 @@ from locas.cli.common import (
     BackboneOptions,
     Maybe,
     OutputOptions,
+    Strength,
     TextOptions,
     backbone_memory,
     check_memory,
@@ -45,9 +46,7 @@ class ScoreText:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone."""
-    strength: float = 1.0
-    """How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text
-    and changes other text half as much."""
+    strength: Strength = 1.0
     window: Maybe[int] = None
     """Tokens that the model sees at once (default: 2,048 or the backbone's trained context)."""
     chunk: Maybe[int] = None

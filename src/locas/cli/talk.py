@@ -14,9 +14,11 @@ from torch import Tensor
 
 from locas.backbone import Backbone
 from locas.cli.common import (
+    STRENGTH,
     BackboneOptions,
     Maybe,
     OutputOptions,
+    Strength,
     UserError,
     all_frozen,
     backbone_memory,
@@ -70,9 +72,7 @@ class Generate:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone."""
-    strength: float = 1.0
-    """How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text
-    and changes other text half as much."""
+    strength: Strength = 1.0
     compare: bool = False
     """Also continue without the memory."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -118,9 +118,7 @@ class Chat:
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     memory: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
     """A memory file made with this backbone; with --learn it is created where it does not exist."""
-    strength: float = 1.0
-    """How strongly the memory acts: 1 as it was learnt, 0 not at all. 0.75 keeps nearly all that it knows of its text
-    and changes other text half as much. What is learnt is not changed by it."""
+    strength: Annotated[float, tyro.conf.arg(help=f"{STRENGTH} What is learnt is not changed by it.")] = 1.0
     learn: bool = False
     """Write each of your messages into the memory file."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

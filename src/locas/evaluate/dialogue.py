@@ -120,6 +120,7 @@ def run(
     settings: DialogueSettings,
     cells: Cells,
     say: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
     """Answers every question with every method; what `cells` already has is not done again.
 
@@ -131,6 +132,7 @@ def run(
         settings: how questions are asked.
         cells: where results are kept.
         say: told what happens.
+        on_progress: called with how many readings (of a conversation, by a learner or none) are done, and of how many.
 
     Returns:
         {method: {conversation: {"items": [...], "reading": {...}}}}; see `ask` for an item.
@@ -143,14 +145,17 @@ def run(
     who = identity(backbone)
     resolved = setups(backbone, methods, read)
     results: dict[str, dict[str, Any]] = {m.name: {} for m in methods}
+    groups, done = _groups(methods), 0
     for conversation in conversations:
         keys = {m.name: _key(who, conversation, m, resolved[m.name], settings) for m in methods}
-        for learner, group in _groups(methods):
+        for learner, group in groups:
             missing = [m for m in group if keys[m.name] not in cells]
             if missing:
                 say(f"{conversation.name}: {', '.join(m.name for m in missing)}")
                 for method, cell in _measure(backbone, conversation, learner, missing, read, settings):
                     cells.put(keys[method.name], cell)
+            done += 1
+            on_progress(done, len(conversations) * len(groups))
         for method in methods:
             results[method.name][conversation.name] = cells[keys[method.name]]
     return results
@@ -183,13 +188,12 @@ def _key(
     )
 
 
-def _groups(methods: Sequence[Method]) -> Iterator[tuple[Method, list[Method]]]:
+def _groups(methods: Sequence[Method]) -> list[tuple[Method, list[Method]]]:
     """Methods that share a learner, so that a conversation is read once for all of them."""
     groups: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
         groups.setdefault((method.learner, method.options), []).append(method)
-    for group in groups.values():
-        yield group[0], group
+    return [(group[0], group) for group in groups.values()]
 
 
 def _measure(

@@ -173,6 +173,7 @@ def run(
     *,
     mmlu: Mmlu | None = None,
     say: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measures every configuration on every book; what `cells` already has is not done again.
 
@@ -186,6 +187,7 @@ def run(
         cells: where results are kept.
         mmlu: questions to ask before, and after learning at each method's own step size.
         say: told what happens.
+        on_progress: called with how many books times configurations are done, and of how many.
 
     Returns:
         {"rows": one for each configuration, book and scale, see `measure`, "failed": configurations that diverged,
@@ -204,7 +206,8 @@ def run(
     if mmlu is not None:
         before = cells.get(key_of(what="mmlu", backbone=who, mmlu=mmlu.key), lambda: mmlu(backbone))
         result["mmlu"] = before | {"questions_sha256": mmlu.questions_sha256}
-    for learnt, (config, setup) in product(books, chosen):
+    for number, (learnt, (config, setup)) in enumerate(product(books, chosen)):
+        on_progress(number, len(books) * len(chosen))
         others = [u for u in unrelated if u.sha256 != learnt.sha256]
         asked = mmlu if config.lr_factor == 1 else None
         key = key_of(
