@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -111,7 +111,7 @@ def read_prefix(model: nn.Module, inputs: Tensor) -> dict[str, Any]:
     with torch.no_grad():
         past = call(body, inputs, use_cache=True, past_key_values=past).past_key_values
     for layer in past.layers:
-        update_once(layer, partial(_used_up, layer, layer.update))
+        layer.update = partial(_used_up, layer)
     return {"past_key_values": past, "use_cache": True}
 
 
@@ -125,20 +125,11 @@ def _sliding_cache(body: nn.Module, device: torch.device) -> DynamicCache | None
     return past if sliding else None
 
 
-def update_once(layer: Any, update: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    """Makes a cache layer take the next keys and values by `update`, which gets them and returns all."""
-
-    def once(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        del layer.update  # which holds the layer: it would outlive its use
-        return update(*args, **kwargs)
-
-    layer.update = once
-
-
-def _used_up(layer: Any, update: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kwargs: Any) -> Any:
-    """A cache layer's `update`, after which it holds nothing: what nobody reads again is freed while the layers above
-    run, which need the room."""
-    keys, values = update(*args, **kwargs)
+def _used_up(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A cache layer's next `update`, after which it holds nothing: what nobody reads again is freed while the layers
+    above run, which need the room."""
+    del layer.update  # this function, which holds the layer: it would outlive its use
+    keys, values = layer.update(*args, **kwargs)
     layer.keys, layer.values = keys.new_empty(0), values.new_empty(0)
     return keys, values
 
@@ -319,5 +310,4 @@ __all__ = [
     "read_prefix",
     "token_nll",
     "trained_context",
-    "update_once",
 ]

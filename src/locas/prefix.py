@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from locas.forward import call, decoder, positions_are_relative, read_prefix, update_once
+from locas.forward import call, decoder, device_of, positions_are_relative, read_prefix
 from locas.read_settings import ReadSettings
 from locas.window import Layout
 
@@ -51,10 +52,12 @@ def prefix_for(
             stacklevel=3,
         )
         return RecomputedPrefix(model)
-    lead = documents[0].new_tensor([] if layout.start_id is None else [layout.start_id])
+    device = device_of(model)
+    lead = torch.tensor([] if layout.start_id is None else [layout.start_id], dtype=torch.int64, device=device)
     sinks = min(settings.sinks, limit // 2)
-    first = [torch.cat([lead, document])[:sinks] for document in documents]
-    return KeptPrefix(model, first, limit, layout.chunk_tokens, settings.refresh)
+    first = [torch.cat([lead, document[:sinks].to(device)])[:sinks] for document in documents]
+    longest = max(document.numel() for document in documents) + lead.numel()
+    return KeptPrefix(model, first, limit, layout.chunk_tokens, settings.refresh, longest)
 
 
 class RecomputedPrefix:
@@ -124,11 +127,15 @@ class KeptPrefix:
         limit: tokens of context before a chunk, sinks included.
         chunk: tokens of a chunk.
         refresh: recompute the window after so many chunks.
+        longest: tokens of the longest document, start token included.
     """
 
-    def __init__(self, model: nn.Module, first: list[Tensor], limit: int, chunk: int, refresh: int) -> None:
+    def __init__(
+        self, model: nn.Module, first: list[Tensor], limit: int, chunk: int, refresh: int, longest: int
+    ) -> None:
         self.model, self.first, self.limit, self.chunk, self.refresh = model, first, limit, chunk, refresh
         self.sinks = max(ids.numel() for ids in first)
+        self.room = min(limit + chunk, longest)
         self._kept: _Kept | None = None
         self._reading: _Kept | None = None  # what will be kept of the chunk that is being read
         self._left: Sequence[Tensor] = ()
@@ -149,7 +156,7 @@ class KeptPrefix:
         sinks: list[Tensor] = []
         if kept is None or kept.reads >= self.refresh:
             if prefix.shape[1]:
-                past = DynamicCache()
+                past = self._cache()
                 ready()
                 with torch.no_grad():
                     call(decoder(self.model), prefix, past_key_values=past, use_cache=True)
@@ -176,17 +183,17 @@ class KeptPrefix:
         sinks, states = (states[-self._layers :], states[: -self._layers]) if self._layers else ((), states)
         for state, sink in zip(states, sinks, strict=False):
             state[:, :, : self.sinks] = sink
+        return {"past_key_values": self._cache(states), "use_cache": True, "position_ids": positions}
+
+    def _cache(self, states: Sequence[Tensor] = ()) -> DynamicCache:
         past = DynamicCache()
-        for number, (k, v) in enumerate(zip(states[::2], states[1::2], strict=True)):
-            past.update(k[:, :, :0], v[:, :, :0], number)
-            layer = past.layers[number]
-            layer.keys, layer.values = k, v  # not copied, as `update` would
-            update_once(layer, partial(_append, layer, self.limit + self.chunk))
-        return {"past_key_values": past, "use_cache": True, "position_ids": positions}
+        past.layers = [_Layer(self.room, k, v) for k, v in zip(states[::2], states[1::2], strict=True)]
+        past.layer_class_to_replicate = partial(_Layer, self.room)  # the model adds layers where there are none yet
+        return past
 
     def left(self, context: dict[str, Any]) -> list[Tensor]:
         """What may be kept of a context that a chunk was read behind: by layer keys and values."""
-        return [t.detach() for t in _states(context["past_key_values"])]
+        return _states(context["past_key_values"])
 
     def open(self, left: Sequence[Tensor]) -> None:
         """Holds what `left` returned until `keep` keeps it. What is replayed may leave it in the same place each time:
@@ -298,25 +305,43 @@ class _Append(torch.autograd.Function):
         return grad[:, :, ctx.context :], None, None
 
 
-def _append(layer: Any, tokens: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """A cache layer's `update` that copies nothing but the new keys and values where there is room for so many tokens,
-    and makes room where there is none: kept from chunk to chunk, the context is never there twice."""
-    layer.keys, layer.values = (
-        _Append.apply(own, _with_room(context, own.shape[-2], tokens), context.shape[-2])
-        for context, own in ((layer.keys, keys), (layer.values, values))
-    )
-    return layer.keys, layer.values
+class _Layer(DynamicLayer):
+    """A cache layer with room for so many tokens, behind which the next ones are written: a context that is kept from
+    chunk to chunk is never there twice."""
+
+    def __init__(self, room: int, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()
+        self.room = room
+        if keys is not None and values is not None:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values  # not copied
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = (
+            _Append.apply(own, _with_room(context, own, self.room), context.shape[-2] if context.numel() else 0)
+            for context, own in ((self.keys, key_states), (self.values, value_states))
+        )
+        self.keys, self.values = (
+            keys.detach(),
+            values.detach(),
+        )  # what their gradients need may go
+        return keys, values
 
 
-def _with_room(context: Tensor, more: int, tokens: int) -> Tensor:
-    """[row, kv_heads, tokens, head_dim] the tensor that begins with the context and holds `more` tokens besides: the
-    very one that the context is the beginning of, or a new one, of `tokens` tokens at most if these are enough."""
-    rows, heads, there, width = context.shape
-    has = context.stride(1) // width if context.stride()[2:] == (width, 1) else 0
+def _with_room(context: Tensor, own: Tensor, tokens: int) -> Tensor:
+    """[row, kv_heads, tokens, head_dim] a tensor that begins with the context, which may be empty, and has room for a
+    chunk's own keys or values behind it: the very one that the context is the beginning of, or a new one, of `tokens`
+    tokens or as many as are needed."""
+    rows, heads, more, width = own.shape
+    there = context.shape[-2] if context.numel() else 0
+    has = context.stride(1) // width if there and context.stride()[2:] == (width, 1) else 0
     if has >= there + more and context.stride(0) == heads * context.stride(1):
         return context.as_strided((rows, heads, has, width), context.stride())
-    room = context.new_empty(rows, heads, max(there + more, min(tokens, 2 * (there + more))), width)
-    room[:, :, :there] = context
+    room = own.new_empty(rows, heads, max(there + more, tokens), width)
+    if there:
+        room[:, :, :there] = context
     return room
 
 

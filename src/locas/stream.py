@@ -126,8 +126,7 @@ class Reader:
         self._attention_gradient = possible_gradient(settings.attention_gradient, model) if learns else "full"
         everywhere = settings.start_in_every_window is not False
         self._layout = Layout(self.window_tokens, self.chunk_tokens, start_id, everywhere)
-        first = [d[: settings.sinks].to(self.device) for d in self.documents]
-        self._prefix = prefix_for(model, first, self._layout, settings)
+        self._prefix = prefix_for(model, self.documents, self._layout, settings)
         together = bank is None or bank.device == self.device
         self._graphs = graphs_for(model, self.device) if together else None
         self._replayed: Graph | None = None  # the last score's

@@ -17,6 +17,7 @@ from families import ABSOLUTE, FAMILY_NAMES, tiny_model
 from helpers import START, fresh, memory_for, same_bytes, text
 from locas.attach import attached
 from locas.forward import positions_are_relative
+from locas.prefix import _Layer
 from locas.sites import decoder_of
 from locas.stream import Reader, ReadSettings
 
@@ -229,9 +230,31 @@ def test_the_context_is_there_once_and_a_state_is_a_copy(model_of: ModelOf, name
         places.append([t.untyped_storage().data_ptr() for t in (*kept.keys, *kept.values)])
         if n == 7:
             state, expected = reader.state(), {name: t.clone() for name, t in reader.state().items()}
-    assert all(place == places[-1] for place in places[3:])  # there is room for a window: it is written in place
+    assert all(place == places[0] for place in places)  # there is room for a window: it is written in place
     assert kept.keys[0].untyped_storage().nbytes() == kept.keys[0][:, :, 0].nbytes * (LIMIT + CHUNK)
     assert all(same_bytes(t, expected[key]) for key, t in state.items() if key.startswith("prefix."))
+
+
+def test_a_short_text_takes_no_room_for_a_window(model_of: ModelOf) -> None:
+    model = model_of("qwen3")
+    reader = Reader(model, memory_for(model, size=2), [text(5), text(8)], settings(), start_id=START)
+    reader.next_chunk()
+    key = reader._prefix._kept.keys[0]  # type: ignore[union-attr]
+    assert key.untyped_storage().nbytes() == key[:, :, 0].nbytes * 9
+
+
+def test_a_layer_keeps_its_keys_without_what_their_gradients_need() -> None:
+    layer = _Layer(7)
+    for n in (1, 2):
+        given = torch.randn(2, 3, n, 4, requires_grad=True), torch.randn(2, 3, n, 4)
+        keys, values = layer.update(*given)
+        assert same_bytes(keys[:, :, -n:], given[0])
+        assert same_bytes(values[:, :, -n:], given[1])
+        assert layer.keys.grad_fn is None
+        assert layer.keys.data_ptr() == keys.data_ptr()
+        (grad,) = torch.autograd.grad(keys.sum(), given[0])
+        assert torch.equal(grad, torch.ones_like(given[0]))
+    assert layer.get_seq_length() == 3
 
 
 @pytest.mark.parametrize("reuse", [True, False])
