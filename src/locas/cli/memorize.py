@@ -84,8 +84,8 @@ class Memorize:
     save_every: float = 30.0
     """Seconds between two states that a run can be resumed from; 0: after every chunk."""
     preset: Preset = "default"
-    """Settings that other flags change. default: our sweeps'; paper: output scale, write rule and rate as published,
-    every window recomputed."""
+    """Settings that other flags change. default: our sweeps'; paper: output scale and rate as published, AdamW, every
+    window recomputed."""
     layers: str = "all"
     """Layers that get a memory: all, upper-half, or numbers such as 0,3-5."""
     init_tokens: Maybe[int] = None

@@ -250,7 +250,7 @@ def _own(name: str, settings: ReadSettings) -> ReadSettings:
     """The shared settings with those that are the method's own, before its options.
 
     `locas` reads and writes as `locas memorize` does: context kept, short chunks, the metric of curvature.
-    `locas-recomputed` sees the very windows and chunks of all other methods, and `locas-paper` writes as published.
+    `locas-recomputed` sees the very windows and chunks of all other methods, and `locas-paper` has what is published, and AdamW.
     """
     if name == "locas":
         own = PRESETS["default"].read
