@@ -150,15 +150,16 @@ class Books:
 def by_place(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     """(what was read, rows), for each kind of run in a file; the backbone is named where there are several."""
     backbones = {(row["backbone"], row.get("weights_sha256", "")[:8]) for row in rows}
-    found: dict[str, list[Row]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         rank, skip, read, later = (row[key] for key in ("rank", "skip_tokens", "read_tokens", "later_tokens"))
         left_out = f", the first {skip:,} left out" if skip else ""
         where = f"rank {rank}, {read:,} tokens of each book{left_out}, {later:,} that follow"
         if len(backbones) > 1:
             where += f", backbone {row['backbone']} {row.get('weights_sha256', '')[:8]}".rstrip()
-        found.setdefault(where, []).append(row)
-    return list(found.items())
+        how = json.dumps(row.get("read"), sort_keys=True)  # rows of two kinds of reading are two tables
+        found.setdefault((where, how), []).append(row)
+    return [(where, some) for (where, _), some in found.items()]
 
 
 def mean(values: list[float], sign: str = "") -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.S)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|\Z)", re.S)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

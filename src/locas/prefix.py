@@ -90,6 +90,10 @@ class RecomputedPrefix:
     def forget(self) -> None:
         """Nothing."""
 
+    def tensors(self) -> list[Tensor]:
+        """None."""
+        return []
+
     def state(self) -> dict[str, Tensor]:
         """Empty."""
         return {}
@@ -243,6 +247,11 @@ class KeptPrefix:
         """Recomputes the window at the next chunk."""
         self._kept = self._reading = None
         self._left = ()
+
+    def tensors(self) -> list[Tensor]:
+        """What is kept, as it lies: their storages have room for a chunk besides."""
+        kept = self._kept
+        return [] if kept is None else [*kept.keys, *kept.values, *kept.sinks]
 
     # ---------------------------------------------------------------- resuming
 

@@ -428,6 +428,13 @@ class Reader:
             )
         return records
 
+    def tensors(self) -> list[Tensor]:
+        """What stays from chunk to chunk, besides model and documents: the memory, what the write rule keeps, the copy
+        for undoing the last write included, and the context where it is kept. As they lie, not copied."""
+        bank = [] if self.bank is None else [self.bank.rows, self.bank.tau]
+        writer = {} if self.writer is None else self.writer.state()
+        return [*bank, *writer.values(), *self._prefix.tensors()]
+
     # ---------------------------------------------------------------- resuming
 
     def state(self) -> dict[str, Tensor]:

@@ -72,6 +72,14 @@ def test_memory_runs_out_while_reading(
     assert json.loads(out) == {"error": message}
 
 
+def test_flags_that_would_be_refused_are_no_advice(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("locas.cli.talk._Conversation.answer", raising(MemoryError()))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n"))
+    status, _, err = main("chat")
+    assert status == 1
+    assert err.endswith("error: this machine's memory is not enough; try fewer --max-new-tokens or --dtype bfloat16\n")
+
+
 def test_memory_runs_out_while_the_backbone_is_loaded(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter windows do not help there."""
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", raising(torch.OutOfMemoryError(ON_A_GPU)))

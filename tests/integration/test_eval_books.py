@@ -139,9 +139,13 @@ def test_the_page_opens_offline_and_no_text_becomes_markup(evaluated: tuple[Path
 
 
 def test_what_is_there_is_not_measured_again(
-    evaluated: tuple[Path, dict[str, Any]], library: Path, capsys: pytest.CaptureFixture[str]
+    evaluated: tuple[Path, dict[str, Any]],
+    library: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, before = evaluated
+    monkeypatch.setattr("locas.evaluate.provenance._commit", lambda: ("a later one", False))
     times = {p: p.stat().st_mtime_ns for p in (folder / "losses").iterdir()}
     assert len(times) == 2 * 4
     more = [*ARGS[:1], ARGS[1] + ",dynamic", *ARGS[2:], "--max-tokens", "70", "--seeds", "0,1", "--json"]
@@ -152,6 +156,7 @@ def test_what_is_there_is_not_measured_again(
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert {k: after["methods"][k] for k in before["methods"]} == before["methods"]
     assert list(after["methods"]) == [*before["methods"], "dynamic"]
+    assert after["methods"]["dynamic"]["cost_of_before"]  # truncated reading was measured at another commit
 
 
 def test_a_method_is_added_to_earlier_results(evaluated: tuple[Path, dict[str, Any]]) -> None:

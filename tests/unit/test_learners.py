@@ -373,6 +373,19 @@ def test_what_a_method_trains_is_counted() -> None:
     assert size_of(learner.tensors()) > 4 * learner.n_parameters
 
 
+@pytest.mark.parametrize("name", ["truncation", "locas-recomputed"])
+def test_the_context_that_is_kept_is_among_what_a_method_keeps(name: str) -> None:
+    of, held = backbone(), {}
+    for reuse in (False, True):
+        learner = make(name, of, READ, options={**FAST.get(name, {}), "reuse": reuse})
+        list(learner.read(text(N)))
+        held[reuse] = size_of(learner.tensors())
+    window = 11 + 11  # of 23 the start token's place is left out
+    config = of.model.config
+    each = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    assert held[True] - held[False] >= window * each
+
+
 def test_what_a_method_does_not_use_is_not_recorded_of_it() -> None:
     of = backbone()
     other = replace(READ, fill_eps=0.5, write=replace(READ.write, lr=0.3))

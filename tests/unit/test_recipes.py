@@ -137,6 +137,7 @@ def test_tables_do_not_mix_backbones() -> None:
         f"{what}, backbone tiny-glu",
         f"{what}, backbone tiny-mlp",
     ]
+    assert [len(some) for _, some in _rows.by_place([place, place | {"read": {"chunk": 8}}, place])] == [2, 1]
 
 
 # -------------------------------------------------------------------- compressing while reading

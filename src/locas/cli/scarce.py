@@ -22,6 +22,8 @@ _WHILE_WORKING: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_new_tokens": ("fewer --max-new-tokens", lambda _: True),
 }
 
+_TO_LEARN = ("recompute_ffn", "attention_gradient", "chunk", "window")
+
 
 def advice(error: BaseException, command: object) -> str:
     """One sentence for an error that `locas.backbone.is_out_of_memory` knows: what ran out, and which flags help.
@@ -32,6 +34,10 @@ def advice(error: BaseException, command: object) -> str:
     """
     on_gpu = isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower()
     flags, loading = _flags(command), bool(getattr(error, "__notes__", None))
+    if flags.get("learn") is False:  # how to write would be refused
+        flags = {name: value for name, value in flags.items() if name not in _TO_LEARN}
+    if flags.get("memory"):  # it has its layers
+        flags.pop("layers", None)
     known = {} if loading else _WHILE_WORKING
     ways = [way for name, (way, helps) in known.items() if name in flags and helps(flags[name])]
     dtype = flags.get("dtype")

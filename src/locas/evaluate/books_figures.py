@@ -50,7 +50,8 @@ def joined(earlier: Figures, later: Figures, order: Sequence[str] = ()) -> Figur
     """Two result files on the same books as one, so that a method can be added without reading all of them again.
 
     What only the earlier one has says so (`cost_of_before`) if it is of another commit: its time and memory are
-    relative to truncated reading as it was then.
+    relative to truncated reading as it was then. So does, in any result file, a method whose losses were measured at
+    another commit than truncated reading's.
 
     Args:
         earlier: a result file.
@@ -117,7 +118,9 @@ def together(parts: Sequence[Figures]) -> Figures:
     for label, method in last["methods"].items():
         on = {name: on for part in parts for name, on in part["methods"][label]["per_book"].items()}
         undone = sum(part["methods"][label]["undone"] for part in parts)
-        methods[label] = method | {"undone": undone} | _over_books({name: on[name] for name in names})
+        before = any(part["methods"][label].get("cost_of_before") for part in parts)
+        mark = {"cost_of_before": True} if before else {}
+        methods[label] = method | {"undone": undone} | mark | _over_books({name: on[name] for name in names})
     commits = {commit for part in parts for commit in part["measured_at_commits"]}
     return last | {
         "measured_at_commits": sorted(commits),
@@ -138,6 +141,9 @@ def _method(
 ) -> Figures:
     runs = list(itertools.chain.from_iterable(measured.values()))
     first = runs[0]
+    of_one_commit = all(
+        x.manifest["commit"] == plain[book][0].manifest["commit"] for book, some in measured.items() for x in some
+    )
     per_book = {
         b.name: _on_book(b, measured[b.name], plain[b.name])
         | {"losses": [_file(run, seed, b.name, method) for seed in run.seeds_of(method)]}
@@ -148,6 +154,7 @@ def _method(
         "parameters_relative": first.n_parameters / run.backbone.n_parameters,
         "undone": sum(x.undone for x in runs),
         "seeds": sorted({int(x.manifest["seed"]) for x in runs}),
+        **({} if of_one_commit else {"cost_of_before": True}),
         **_over_books(per_book),
     }
 

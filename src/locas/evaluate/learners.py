@@ -71,10 +71,12 @@ class Truncated:
     def __init__(self, name: str, backbone: Backbone, settings: ReadSettings) -> None:
         settings.sizes(backbone.model)
         self.name, self.backbone, self.settings = name, backbone, settings
+        self._reader: Reader | None = None
 
     def read(self, ids: Tensor) -> Iterator[ChunkRecord]:
         """Scores each chunk of `ids` [n]."""
-        for (record,) in Reader(self.backbone.model, None, [ids], self.settings, start_id=self.backbone.start_id):
+        self._reader = Reader(self.backbone.model, None, [ids], self.settings, start_id=self.backbone.start_id)
+        for (record,) in self._reader:
             assert record is not None
             yield record
 
@@ -83,11 +85,12 @@ class Truncated:
         return nullcontext()
 
     def tensors(self) -> list[Tensor]:
-        """None."""
-        return []
+        """The context, where it is kept."""
+        return [] if self._reader is None else self._reader.tensors()
 
     def close(self) -> None:
         """Nothing to undo."""
+        self._reader = None
 
 
 class Locas:
@@ -135,9 +138,8 @@ class Locas:
         return nullcontext() if self.bank is None else attached(self.backbone.model, self.bank)
 
     def tensors(self) -> list[Tensor]:
-        """The memory's rows, and what the write rule keeps, the copy for undoing the last write included."""
-        state = {} if self._reader is None else self._reader.state()
-        return [t for name, t in state.items() if name != "position"]
+        """See `Reader.tensors`."""
+        return [] if self._reader is None else self._reader.tensors()
 
     def close(self) -> None:
         """Drops the memory."""
@@ -250,7 +252,8 @@ def _own(name: str, settings: ReadSettings) -> ReadSettings:
     """The shared settings with those that are the method's own, before its options.
 
     `locas` reads and writes as `locas memorize` does: context kept, short chunks, the metric of curvature.
-    `locas-recomputed` sees the very windows and chunks of all other methods, and `locas-paper` has what is published, and AdamW.
+    `locas-recomputed` sees the very windows and chunks of all other methods, and `locas-paper` has what is published,
+    and AdamW.
     """
     if name == "locas":
         own = PRESETS["default"].read
