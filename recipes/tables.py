@@ -263,6 +263,9 @@ def provenance(path: Path, report: Row, carried: set[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     others = [c[:7] for c in report.get("measured_at_commits", []) if c != report["commit"]]
     commit = report["commit"][:12] + (f" (parts of it: {', '.join(others)})" if others else "")
+    if "memory_measured" in report:  # see `locas.evaluate.books_figures.with_memory_of`
+        of = report["memory_measured"]
+        commit += f", memory of {', '.join(of['methods'])} on the first {of['tokens']:,} tokens at {of['commit'][:12]}"
     return f"\n`{path.relative_to(ROOT)}`: commit {commit}, {report['device']}, {versions}" + (
         f", backbone {name}.\n" if name else ".\n"
     )

@@ -15,7 +15,7 @@ import locas.cli
 from locas.backbone import load_backbone
 from locas.evaluate.book import Book, Method, load_text
 from locas.evaluate.books import BooksRun, load_losses
-from locas.evaluate.books_figures import joined, results, together
+from locas.evaluate.books_figures import joined, results, together, with_memory_of
 from locas.evaluate.cells import finite
 from locas.evaluate.pg19 import from_rows, pg19
 from locas.evaluate.report import differences_picture, write_report
@@ -157,6 +157,30 @@ def test_what_is_there_is_not_measured_again(
     assert {k: after["methods"][k] for k in before["methods"]} == before["methods"]
     assert list(after["methods"]) == [*before["methods"], "dynamic"]
     assert after["methods"]["dynamic"]["cost_of_before"]  # truncated reading was measured at another commit
+
+
+def test_memory_is_taken_from_beginnings(evaluated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, found = evaluated
+    truncation, ours, theirs = found["methods"]
+    shorter = json.loads(json.dumps(found)) | {"commit": "a later one"}
+    for book in shorter["books"]:
+        book["tokens"] = 64
+    for label in (truncation, ours, theirs):
+        for on in shorter["methods"][label]["per_book"].values():
+            on |= {"peak_bytes": 3_000_000, "relative_memory": 3.0, "relative_time": 9.0}
+    shorter["methods"][truncation]["cost_of_before"] = True
+    shorter["settings"]["methods"][theirs]["seeds"] = "others"
+    made = with_memory_of(found, shorter)
+    assert made["memory_measured"] == {"commit": "a later one", "tokens": 64, "methods": [ours]}
+    assert made["methods"][ours]["peak_bytes"] == 3_000_000
+    assert made["methods"][ours]["relative_memory"] == 3.0
+    assert made["methods"][ours]["relative_time"] == found["methods"][ours]["relative_time"]
+    assert {k: made["methods"][k] for k in (truncation, theirs)} == {
+        k: found["methods"][k] for k in (truncation, theirs)
+    }
+    shorter["books"][0]["sha256"] = "another"
+    with pytest.raises(ValueError, match="there is no beginning of"):
+        with_memory_of(found, shorter)
 
 
 def test_a_method_is_added_to_earlier_results(evaluated: tuple[Path, dict[str, Any]]) -> None:

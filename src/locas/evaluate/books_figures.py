@@ -16,6 +16,7 @@ from locas.metrics import Score, brief
 FORMAT, VERSION = "locas-books", 1
 MARKS_TOKENS = (50_000, 100_000, 150_000, 200_000)  # where the literature reports
 Figures = dict[str, Any]
+_MEMORY = ("peak_bytes", "relative_memory")
 _ALIKE_BITS = 1e-4  # by which one method may differ between two readings: rounding on another machine
 
 
@@ -128,6 +129,39 @@ def together(parts: Sequence[Figures]) -> Figures:
         "methods": methods,
         "paired": _pairs(methods),
     }
+
+
+def with_memory_of(report: Figures, beginnings: Figures) -> Figures:
+    """A result file with the peaks of memory that were measured on its books' beginnings, of the methods that both have
+    with the same settings: a peak is that of an early chunk, and does not depend on how far a book is read.
+
+    Args:
+        report: a result file.
+        beginnings: another of the same books, read less far; what it has from an earlier commit (`cost_of_before`) is
+            left out.
+
+    Raises:
+        ValueError: another backbone, or books that the beginnings lack.
+    """
+    _check_alike(report, beginnings)
+    texts = {book["name"]: book["sha256"] for book in beginnings["books"]}
+    lacking = [book["name"] for book in report["books"] if texts.get(book["name"]) != book["sha256"]]
+    if lacking:
+        raise ValueError(f"these results are of other books: there is no beginning of {', '.join(lacking)}")
+    methods, taken = dict(report["methods"]), []
+    for label, method in report["methods"].items():
+        other = beginnings["methods"].get(label, {"cost_of_before": True})
+        settings = (x["settings"]["methods"].get(label) for x in (report, beginnings))
+        if not other.get("cost_of_before") and len({repr(s) for s in settings}) == 1:
+            new = {book: {k: other["per_book"][book][k] for k in _MEMORY} for book in method["per_book"]}
+            per_book = {book: on | new[book] for book, on in method["per_book"].items()}
+            peaks = max(b["peak_bytes"] for b in per_book.values())
+            mean = _mean(b["relative_memory"] for b in per_book.values())
+            methods[label] = method | {"peak_bytes": peaks, "relative_memory": mean, "per_book": per_book}
+            taken.append(label)
+    tokens = max(book["tokens"] for book in beginnings["books"])
+    about = {"commit": beginnings["commit"], "tokens": tokens, "methods": taken}
+    return report | {"methods": methods, "memory_measured": about}
 
 
 def _check_alike(one: Figures, other: Figures) -> None:
