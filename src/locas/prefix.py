@@ -328,23 +328,20 @@ class _Layer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        there = self.get_seq_length()
         keys, values = (
-            _Append.apply(own, _with_room(context, own, self.room), context.shape[-2] if context.numel() else 0)
+            _Append.apply(own, _with_room(context, there, own, self.room), there)
             for context, own in ((self.keys, key_states), (self.values, value_states))
         )
-        self.keys, self.values = (
-            keys.detach(),
-            values.detach(),
-        )  # what their gradients need may go
+        self.keys, self.values = keys.detach(), values.detach()  # what their gradients need may go
         return keys, values
 
 
-def _with_room(context: Tensor, own: Tensor, tokens: int) -> Tensor:
-    """[row, kv_heads, tokens, head_dim] a tensor that begins with the context, which may be empty, and has room for a
+def _with_room(context: Tensor, there: int, own: Tensor, tokens: int) -> Tensor:
+    """[row, kv_heads, tokens, head_dim] a tensor that begins with the context, of so many tokens, and has room for a
     chunk's own keys or values behind it: the very one that the context is the beginning of, or a new one, of `tokens`
     tokens or as many as are needed."""
     rows, heads, more, width = own.shape
-    there = context.shape[-2] if context.numel() else 0
     has = context.stride(1) // width if there and context.stride()[2:] == (width, 1) else 0
     if has >= there + more and context.stride(0) == heads * context.stride(1):
         return context.as_strided((rows, heads, has, width), context.stride())

@@ -42,7 +42,8 @@ def read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     ) -> Found:  # fmt: skip
         monkeypatch.setattr(stream, "graphs_for", graphs if replayed else lambda *_: None)
         model = tiny_model(name, dtype).to(DEVICE)
-        documents = [text(n, seed=i).where(text(n, seed=i) != POISON, POISON + 1) for i, n in enumerate(lengths)]
+        documents = [text(n, seed=i) for i, n in enumerate(lengths)]
+        documents = [ids.where(ids != POISON, POISON + 1) for ids in documents]
         if poison is not None:
             model.get_input_embeddings().weight.data[POISON] = torch.nan
             documents[-1][poison] = POISON
@@ -83,9 +84,8 @@ def close(found: Found, expected: Found) -> None:
     if DEVICE == "cpu":
         assert all(same_bytes(x, y) for x, y in zip(found[:2], expected[:2], strict=True))
     else:
-        loss, row = (
-            (1e-3, 1e-2) if found[2].model.dtype == torch.float32 else (3e-2, 1e-1)
-        )  # sums come in any order there
+        # Sums come in any order there.
+        loss, row = (1e-3, 1e-2) if found[2].model.dtype == torch.float32 else (3e-2, 1e-1)
         torch.testing.assert_close(found[0], expected[0], rtol=loss, atol=loss / 10, equal_nan=True)
         assert (found[1] - expected[1]).norm() < row * expected[1].norm()
 

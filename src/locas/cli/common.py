@@ -212,9 +212,11 @@ def short(path: str | Path) -> str:
 
 
 __all__ = [
+    "STRENGTH",
     "BackboneOptions",
     "Maybe",
     "OutputOptions",
+    "Strength",
     "TextOptions",
     "UserError",
     "all_frozen",

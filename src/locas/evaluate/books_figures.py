@@ -151,13 +151,11 @@ def with_memory_of(report: Figures, beginnings: Figures) -> Figures:
     methods, taken = dict(report["methods"]), []
     for label, method in report["methods"].items():
         other = beginnings["methods"].get(label, {"cost_of_before": True})
-        settings = (x["settings"]["methods"].get(label) for x in (report, beginnings))
-        if not other.get("cost_of_before") and len({repr(s) for s in settings}) == 1:
+        settings = [x["settings"]["methods"].get(label) for x in (report, beginnings)]
+        if not other.get("cost_of_before") and settings[0] == settings[1]:
             new = {book: {k: other["per_book"][book][k] for k in _MEMORY} for book in method["per_book"]}
             per_book = {book: on | new[book] for book, on in method["per_book"].items()}
-            peaks = max(b["peak_bytes"] for b in per_book.values())
-            mean = _mean(b["relative_memory"] for b in per_book.values())
-            methods[label] = method | {"peak_bytes": peaks, "relative_memory": mean, "per_book": per_book}
+            methods[label] = method | _over_books(per_book)
             taken.append(label)
     tokens = max(book["tokens"] for book in beginnings["books"])
     about = {"commit": beginnings["commit"], "tokens": tokens, "methods": taken}

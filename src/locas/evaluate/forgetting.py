@@ -206,7 +206,7 @@ def run(
     if mmlu is not None:
         before = cells.get(key_of(what="mmlu", backbone=who, mmlu=mmlu.key), lambda: mmlu(backbone))
         result["mmlu"] = before | {"questions_sha256": mmlu.questions_sha256}
-    for number, (learnt, (config, setup)) in enumerate(product(books, chosen)):
+    for number, (learnt, (config, setup)) in enumerate(product(books, chosen), 1):
         others = [u for u in unrelated if u.sha256 != learnt.sha256]
         asked = mmlu if config.lr_factor == 1 else None
         key = key_of(
@@ -231,7 +231,7 @@ def run(
             for point in cell["points"]:
                 row = about | learning | point
                 result["rows"].append(row | ({"mmlu": cell["mmlu"]} if point["scale"] == 1 else {}))
-        on_progress(number + 1, len(books) * len(chosen))
+        on_progress(number, len(books) * len(chosen))
     return result
 
 
