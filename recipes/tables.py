@@ -37,6 +37,7 @@ PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- results/(\S+\.json) -->\n).*?(<!-- end -->)", re.S)
 RANK, STRENGTH = InitSettings().rank, 0.75
+LIKE_FOR_LIKE = "locas-recomputed"  # ours in the windows and chunks that the baselines read
 Row = dict[str, Any]
 
 
@@ -120,6 +121,7 @@ def brief(report: Row) -> str:
             f"{m['bits_per_byte']:.3f}",
             distance(name, "truncation", 1),
             distance(name, "locas", -1),
+            distance(name, LIKE_FOR_LIKE, -1),
             f"{m['parameters']:,}",
             _cost(m, "relative_time", 1),
             _cost(m, "relative_memory", 1),
@@ -131,6 +133,7 @@ def brief(report: Row) -> str:
         "bits per byte of all tokens",
         "minus truncation's, mean over books",
         "Locas's minus its, mean over books",
+        f"`{LIKE_FOR_LIKE}`'s minus its, mean over books",
         "parameters",
         "time, mean over books",
         "memory, mean over books",
@@ -139,26 +142,33 @@ def brief(report: Row) -> str:
 
 
 def _cost(method: Row, key: str, digits: int) -> str:
-    """A ratio to truncated reading; marked where that is reading as it was at an earlier commit."""
-    value = method[key]
-    return "" if value is None else f"{value:.{digits}f}" + ("*" if method.get("cost_of_before") else "")
+    """A ratio to truncated reading. Marked where that is reading as it was at an earlier commit; of memory then none,
+    as what reading itself held was changed in between."""
+    value, before = method[key], bool(method.get("cost_of_before"))
+    if value is None or (before and key == "relative_memory"):
+        return ""
+    return f"{value:.{digits}f}" + ("*" if before else "")
 
 
 def dialogues_in_brief(report: Row) -> str:
     """One point of a list: what the gold answers' log-likelihood gains from a memory, and beside TempLoRA and BM25."""
-    of = {(c["from"], c["to"]): c for c in report["comparisons"] if c["figure"] == "gold_ll_per_token"}
+    of = {(c["from"], c["to"], c["figure"]): c for c in report["comparisons"]}
 
-    def apart(one: str, other: str) -> str:
-        sign, c = (1, of[one, other]) if (one, other) in of else (-1, of[other, one])
-        low, high = sorted(sign * c[end] for end in ("low", "high"))
-        return f"{sign * c['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    def apart(one: str, other: str, figure: str = "gold_ll_per_token") -> str:
+        turned = (one, other, figure) not in of
+        sign, c = (-1, of[other, one, figure]) if turned else (1, of[one, other, figure])
+        times = 100 * sign if figure == "f1" else sign
+        low, high = sorted(times * c[end] for end in ("low", "high"))
+        return f"{times * c['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
 
     asked = report["settings"]["ask"]["max_questions"]
     return point(
         f"Questions about long conversations (LoCoMo, {len(report['conversations'])} of them, "
         f"{f'{asked} questions each' if asked else 'all questions'}), nothing of the conversation in the context: the "
         f"gold answer's log-likelihood, nats a token, beside no memory {apart('none', 'locas')}, beside TempLoRA "
-        f"{apart('templora-tuned', 'locas')}; with BM25's passages, beside these alone {apart('bm25', 'locas+bm25')}."
+        f"{apart('templora-tuned', 'locas')}; with BM25's passages, beside these alone {apart('bm25', 'locas+bm25')}. "
+        f"F1 of what is generated, in points: beside TempLoRA {apart('templora-tuned', 'locas', 'f1')}, with BM25's "
+        f"passages beside these alone {apart('bm25', 'locas+bm25', 'f1')}."
     )
 
 
@@ -261,7 +271,10 @@ def provenance(path: Path, report: Row, carried: set[str]) -> str:
     if name in built_in() and recorded not in carried:
         name += " as it was before (7M parameters, context of 512: the stopgap)"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    others = [c[:7] for c in report.get("measured_at_commits", []) if c != report["commit"]]
+    rows = [row.get("commit") for row in report.get("results", [])]
+    noted = report.get("measured_at_commits") or sorted({commit for commit in rows if commit})
+    others = [c[:7] for c in noted if c != report["commit"]]
+    others += [f"of {rows.count(None)} rows it is not noted"] if noted and None in rows else []
     commit = report["commit"][:12] + (f" (parts of it: {', '.join(others)})" if others else "")
     if "memory_measured" in report:  # see `locas.evaluate.books_figures.with_memory_of`
         of = report["memory_measured"]
@@ -381,7 +394,8 @@ def headline(report: Row) -> str:
         f"## Test books: {extent(report)}\nSeeds {seeds}. Bits per byte and perplexity, exp of the mean loss, are of "
         "all books' tokens together, and so is the mean of chunks', TempLoRA's definition; paired differences are "
         "means over books. Time and memory are relative to truncated reading, in the same run, means over books; "
-        "*: at an earlier commit, relative to truncated reading as it was then.\n\n"
+        "*: at an earlier commit, relative to truncated reading as it was then; of memory none is shown, as what "
+        "reading itself held was changed in between.\n\n"
     )
     return text + markdown(header, lines) + "\n" + _marks(methods) + _pairs(report["paired"]) + _per_book(report)
 
@@ -453,7 +467,13 @@ def ablations(report: Row) -> str:
         span = "" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
         lines.append([f"{grid.removeprefix('ablate-')}: {name}", f"{mean:+.4f}", span, str(len(books_)), str(seeds)])
     header = ["setting", "bits per byte against truncation", "95% interval", "books", "seeds"]
-    return "## Ablations\n" + markdown(header, lines)
+    some = report["results"]
+    tokens, books_read = sorted({row["tokens"] for row in some}), len({row["book"] for row in some})
+    span = f"{tokens[0]:,}" + (f" to {tokens[-1]:,}" if len(tokens) > 1 else "")
+    said = (
+        f"The first {span} tokens of {books_read} development books: so few updates show a direction, hardly its size."
+    )
+    return f"## Ablations\n{said}\n\n" + markdown(header, lines)
 
 
 def kills(report: Row) -> str:

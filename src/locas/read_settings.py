@@ -29,7 +29,7 @@ class ReadSettings:
             the weights counting as constants, which makes a write much cheaper and changes little; stop: not at all.
             Scores are the same. Backbones that do not use torch's attention get the full gradient.
         recompute_ffn: make the FFNs' gate and up again in a write's backward pass instead of keeping them: the same
-            memory, less of the machine's, some 5% more time. For FFNs that follow an RMSNorm and have two matrices
+            memory, less of the machine's, some more time. For FFNs that follow an RMSNorm and have two matrices
             without biases for them (Llama, Mistral, Qwen, Granite); elsewhere nothing changes.
         fill_eps: length, over all layers together, of the values that step-wise slots are filled with.
         start_in_every_window: put the start token before every window, not only before the document's first token;
